@@ -1,0 +1,1 @@
+"""Adapters: checkpoint formats, validation, lifecycle, device memory and the LoRA layers."""

@@ -1,0 +1,1 @@
+"""Tensor operators: a plain-torch reference and fast implementations, one family a file."""

@@ -1,0 +1,1 @@
+"""The process: configuration, CLI, gRPC services, metrics."""

@@ -1,0 +1,160 @@
+"""Streams a checkpoint's tensors into a model: linears quantized to NF4 one at a time, the rest as it is."""
+
+from collections import defaultdict
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...kernels.nf4 import BLOCK, quantize_nf4, unnest_absmax
+from ..errors import BaseModelError
+from .checkpoint import BaseCheckpoint
+from .site_plan import SitePlan
+
+
+def fill_model(
+    model: nn.Module,
+    plans: list[SitePlan],
+    checkpoint: BaseCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: bool,
+    progress: bool,
+) -> None:
+    """Stream every tensor of the checkpoint to its place; nothing but the tensor in hand is held twice.
+
+    Raises:
+        BaseModelError: a tensor is missing, unexpected, or of the wrong shape or dtype.
+    """
+    by_linear = {f"{p.parent}.{leaf}": (p, leaf) for p in plans for leaf in p.parts}
+    wanted = dense_names(model, plans)
+    tied = {n for n in _tied_names(model) if n in wanted}
+    nested: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    verb = "Loading NF4 base" if quantized else "Quantizing base to NF4"
+    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=verb, disable=not progress) as bar:
+        for raw_name, tensor in checkpoint.tensors():
+            bar.update(tensor.nbytes)
+            name = _parameter_name(raw_name, wanted, by_linear)
+            linear, _, leaf = name.rpartition(".")
+            owner = linear if linear in by_linear else name.partition(".weight.")[0]
+            if owner in by_linear:
+                plan, part = by_linear[owner]
+                if name == f"{owner}.bias":
+                    _write_bias(plan, part, tensor, device, dtype)
+                elif quantized:
+                    nested[owner][name.removeprefix(f"{owner}.")] = tensor
+                    if _complete(nested[owner]):
+                        _write_quantized(plan, part, nested.pop(owner), device)
+                else:
+                    _write_weight(plan, part, tensor, device)
+            elif name in wanted:
+                set_parameter(model, name, tensor.to(device=device, dtype=dtype))
+                wanted.discard(name)
+            elif not _ignorable(model, name):
+                raise BaseModelError(f"The checkpoint has a tensor {raw_name} that the architecture has no place for.")
+    absent = sorted(wanted - tied) + sorted(n for p in plans for n in p.missing)
+    if absent:
+        raise BaseModelError(f"The checkpoint lacks {len(absent)} tensors: {', '.join(absent[:4])}.")
+
+
+def dense_names(model: nn.Module, plans: list[SitePlan]) -> set[str]:
+    """Names of the parameters that stay 16-bit, tied ones included."""
+    linears = {f"{p.parent}.{leaf}" for p in plans for leaf in p.parts}
+    return {n for n, _ in model.named_parameters() if n.rpartition(".")[0] not in linears}
+
+
+def required_dense_names(model: nn.Module, plans: list[SitePlan]) -> set[str]:
+    """Those of `dense_names` that a checkpoint must hold: all but the tied."""
+    return dense_names(model, plans) - set(_tied_names(model))
+
+
+def _parameter_name(name: str, wanted: set[str], by_linear: dict[str, Any]) -> str:
+    """Accept checkpoints saved from the bare decoder, without the `model.` prefix."""
+    prefixed = f"model.{name}"
+    linear = prefixed.rpartition(".")[0]
+    if prefixed in wanted or linear in by_linear or prefixed.partition(".weight.")[0] in by_linear:
+        return prefixed
+    return name
+
+
+def _tied_names(model: nn.Module) -> list[str]:
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return list(keys) if getattr(model.config, "tie_word_embeddings", False) else []
+
+
+def _ignorable(model: nn.Module, name: str) -> bool:
+    """Old checkpoints store rotary frequencies; tied ones may repeat lm_head."""
+    return name.endswith("rotary_emb.inv_freq") or name in _tied_names(model)
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a real tensor where the meta parameter `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    expected = module._parameters[leaf]
+    assert expected is not None
+    if expected.shape != value.shape:
+        raise BaseModelError(f"Tensor {name} is {list(value.shape)}; the config asks for {list(expected.shape)}.")
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _write_weight(plan: SitePlan, part: str, tensor: Tensor, device: torch.device) -> None:
+    _check_shape(plan, part, tuple(tensor.shape))
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise BaseModelError(f"{plan.parent}.{part}.weight is {tensor.dtype}; 16- or 32-bit floats can be quantized.")
+    codes, absmax = quantize_nf4(tensor.to(device))
+    _write_codes(plan, part, codes, absmax, device)
+
+
+def _complete(parts: dict[str, Tensor]) -> bool:
+    state = any(k.startswith("weight.quant_state.") for k in parts)
+    nested_ok = ("weight.nested_absmax" in parts) == ("weight.nested_quant_map" in parts)
+    return state and nested_ok and {"weight", "weight.absmax", "weight.quant_map"} <= set(parts) and (
+        "weight.nested_absmax" in parts or _not_nested(parts)
+    )
+
+
+def _not_nested(parts: dict[str, Tensor]) -> bool:
+    return parts["weight.absmax"].dtype == torch.float32
+
+
+def _write_quantized(plan: SitePlan, part: str, parts: dict[str, Tensor], device: torch.device) -> None:
+    codes = parts.pop("weight").to(device).view(torch.uint8).reshape(-1)
+    state = bnb.QuantState.from_dict({k: v for k, v in parts.items()}, device=device)
+    if state.quant_type != "nf4" or state.blocksize != BLOCK:
+        raise BaseModelError(
+            f"{plan.parent}.{part} is quantized as {state.quant_type} in blocks of {state.blocksize}; nf4 in 64 is served."
+        )
+    _check_shape(plan, part, tuple(state.shape))
+    _write_codes(plan, part, codes, unnest_absmax(state), device)
+
+
+def _check_shape(plan: SitePlan, part: str, shape: tuple[int, ...]) -> None:
+    start, stop = plan.span(part)
+    if shape != (stop - start, plan.in_features):
+        raise BaseModelError(
+            f"{plan.parent}.{part}.weight is {list(shape)}; the config asks for {[stop - start, plan.in_features]}."
+        )
+
+
+def _write_codes(plan: SitePlan, part: str, codes: Tensor, absmax: Tensor, device: torch.device) -> None:
+    start, stop = plan.span(part)
+    k, total = plan.in_features, sum(plan.widths)
+    if plan.codes is None or plan.absmax is None:
+        plan.codes = torch.empty(total * k // 2, dtype=torch.uint8, device=device)
+        plan.absmax = torch.empty(total * k // BLOCK, dtype=torch.float32, device=device)
+    plan.codes[start * k // 2 : stop * k // 2] = codes
+    plan.absmax[start * k // BLOCK : stop * k // BLOCK] = absmax
+    plan.missing.discard(f"{plan.parent}.{part}.weight")
+
+
+def _write_bias(plan: SitePlan, part: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    start, stop = plan.span(part)
+    if plan.bias is None:
+        plan.bias = torch.zeros(sum(plan.widths), dtype=dtype, device=device)
+    plan.bias[start:stop] = tensor.to(device=device, dtype=dtype)
+    plan.missing.discard(f"{plan.parent}.{part}.bias")
+
+

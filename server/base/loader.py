@@ -1,0 +1,123 @@
+"""Loads a base model in NF4: transformers' own module tree on the meta device, filled tensor by tensor.
+
+Linears inside decoder layers become NF4; embeddings, norms and lm_head keep 16 bit (the compute dtype), as QLoRA leaves
+them. q/k/v and gate/up are stacked. Runs once, at start, on the main thread.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from ...adapters.sites import SiteTable
+from ..errors import BaseModelError
+from .attention import ATTENTION
+from .checkpoint import BaseCheckpoint, quantization_of, resolve_source
+from .families import check_servable, context_limit
+from .fill import fill_model
+from .model import BaseModel
+from .nf4_cache import NF4Cache
+from .site_plan import install_sites, plan_sites
+
+
+def load_base(
+    source: str,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> BaseModel:
+    """Load and, unless it already is, quantize a base model.
+
+    Args:
+        source: directory or hub id; 16-bit safetensors, or a bitsandbytes NF4 checkpoint (taken as it is).
+        device: where the weights live.
+        compute_dtype: bfloat16 or float32 (exact tests; CPUs without AVX512-BF16).
+        cache_dir: where the quantized form of a 16-bit model is kept, so that the next start reads 4-bit weights; None
+            keeps nothing.
+        progress: show a bar on stderr.
+
+    Raises:
+        BaseModelError: anything that keeps this model from being served, by name.
+    """
+    directory = resolve_source(source)
+    checkpoint = BaseCheckpoint(directory)
+    config = _read_config(directory)
+    architecture = check_servable(config)
+    quantized = quantization_of(config) is not None
+    model = _empty_model(config, compute_dtype)
+    plans = plan_sites(model)
+    cache = NF4Cache(cache_dir, checkpoint, compute_dtype) if cache_dir and not quantized else None
+    if cache is None or not cache.read(model, plans, device):
+        fill_model(model, plans, checkpoint, device, compute_dtype, quantized, progress)
+        if cache is not None:
+            cache.write(model, plans)
+    model.tie_weights()  # type: ignore[operator]
+    _move_buffers(model, device)
+    sites = install_sites(model, plans, compute_dtype)
+    tokenizer = _read_tokenizer(directory)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        architecture=architecture,
+        site_table=SiteTable(sites),
+        device=device,
+        compute_dtype=compute_dtype,
+        max_context=context_limit(config),
+        eos_token_ids=_eos_token_ids(directory, config),
+        name=str(getattr(config, "_name_or_path", "") or source),
+    )
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"transformers does not know the model in {directory}: its config.json names no architecture "
+            "of the installed version, or is damaged. Lorikeet runs no code that ships with a model."
+        ) from error
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"The model directory {directory} has no tokenizer that transformers can load.") from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"The tokenizer in {directory} is not a fast one (tokenizer.json); streaming needs it.")
+    return tokenizer
+
+
+def _eos_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
+    eos = config.eos_token_id
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or eos
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The module tree with parameters on the meta device and computed buffers (rotary frequencies) real on the CPU."""
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation=ATTENTION)
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.device.type == "meta"}
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
+            # transformers' own way to compute them; parameters are still on meta, where init does nothing.
+            model._init_weights(module)  # type: ignore[operator]
+    return model
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

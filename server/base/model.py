@@ -1,0 +1,131 @@
+"""A loaded base model, and the hooks through which LoRA and paged attention get into transformers' forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ...adapters.sites import Site, SiteTable
+from .attention import KVCache
+from .linears import NF4Linear, StackedLinear
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The resident base.
+
+    Attributes:
+        model: transformers' causal LM with its decoder linears in NF4.
+        tokenizer: a fast tokenizer.
+        config: the model's config.
+        architecture: e.g. LlamaForCausalLM.
+        site_table: every adaptable linear.
+        device: where it lives.
+        compute_dtype: dtype of activations, embeddings, norms and lm_head.
+        max_context: tokens.
+        eos_token_ids: ids that end a request unless it ignores them.
+        name: how the model names itself (hub id or directory).
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: PretrainedConfig
+    architecture: str
+    site_table: SiteTable
+    device: torch.device
+    compute_dtype: torch.dtype
+    max_context: int
+    eos_token_ids: frozenset[int]
+    name: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return int(self.config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, each with its own KV cache."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads a layer."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        explicit = getattr(self.config, "head_dim", None)
+        return int(explicit or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def nf4_bytes(self) -> int:
+        """Resident bytes of the NF4 linears, constants included."""
+        return sum(m.nf4.nbytes for m in self.model.modules() if isinstance(m, NF4Linear))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Resident bytes of what stays 16-bit (tied weights once)."""
+        return sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
+
+    def site_module(self, site: Site) -> nn.Module:
+        """The linear that runs for a site."""
+        parent, _, leaf = site.name.rpartition(".")
+        module = getattr(self.model.get_submodule(parent), leaf)
+        inner: nn.Module = module.linear if isinstance(module, StackedLinear) else module
+        return inner
+
+    def wrap_sites(self, wrap: Callable[[nn.Module, Site], nn.Module]) -> None:
+        """Replace the linear of every site by `wrap(linear, site)`; this is how LoRA layers get in."""
+        for site in self.site_table.sites:
+            parent, _, leaf = site.name.rpartition(".")
+            module = self.model.get_submodule(parent)
+            current = getattr(module, leaf)
+            if isinstance(current, StackedLinear):
+                current.linear = wrap(current.linear, site)
+            else:
+                setattr(module, leaf, wrap(current, site))
+
+    def kv_block_bytes(self, block_size: int) -> int:
+        """Bytes of one block of `block_size` tokens over all layers, keys and values."""
+        size = torch.empty((), dtype=self.compute_dtype).element_size()
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * size
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """A zeroed paged KV cache of this model's shape on its device."""
+        return KVCache(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=self.compute_dtype,
+            device=self.device,
+        )
+
+    @property
+    def config_of_model(self) -> PretrainedConfig:
+        """The config object that the model's own modules read."""
+        config: PretrainedConfig = self.model.config  # type: ignore[assignment]
+        return config
+
+    def logits(self, ids: Tensor, positions: Tensor, *, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """One forward pass.
+
+        Args:
+            ids: int64 [1, T], the flat batch.
+            positions: int64 [1, T], position of each token in its own sequence.
+            rows: int64 [n], the tokens whose logits are wanted; None: all.
+            kwargs: handed to the attention function (`paged=PagedStep`).
+
+        Returns:
+            float32 [n, vocab].
+        """
+        keep: Any = 0 if rows is None else rows
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, **kwargs)
+        logits: Tensor = out.logits
+        return logits[0].float()

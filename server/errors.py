@@ -1,0 +1,65 @@
+"""Errors of the serving process; the root of the tree and the adapter branch live in `adapters/errors.py`."""
+
+from ..adapters.errors import Code, ServingError
+
+
+class BadRequestError(ServingError):
+    """A parameter is missing, contradictory or out of range."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "BAD_REQUEST"
+
+
+class PromptTooLongError(BadRequestError):
+    """Prompt plus max_tokens exceeds the context, or the prompt can never fit into the KV cache."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class QueueFullError(ServingError):
+    """Too many requests are waiting."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+
+class DrainingError(ServingError):
+    """The server is shutting down and accepts nothing new."""
+
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"
+
+
+class EngineDeadError(ServingError):
+    """The step loop ended with an unexpected error; the process is about to exit."""
+
+    code = Code.UNAVAILABLE
+    reason = "ENGINE_DEAD"
+
+
+class DeadlineError(ServingError):
+    """The request's deadline passed before it ended."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class CancelledError(ServingError):
+    """The client cancelled the request."""
+
+    code = Code.CANCELLED
+    reason = "CANCELLED"
+
+
+class BaseModelError(ServingError):
+    """The base model cannot be loaded or served; raised at start, printed by the CLI without a traceback."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "BASE_MODEL"
+
+
+class ConfigError(ServingError):
+    """A flag, environment variable or TOML key is unknown or out of range; printed by the CLI without a traceback."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "CONFIG"
