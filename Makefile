@@ -1,0 +1,119 @@
+# Lorikeet: `make help` lists the targets. Needs GNU make, bash and Python 3.11 or later; everything else goes into .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+# The first interpreter that runs and is new enough: a name on PATH can be a shim without a Python behind it.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+# `make test-gpu PY=python3` takes an environment as it is and installs nothing.
+ifdef PY
+RUN_READY :=
+DEV_READY :=
+else
+PY := $(VENV)/bin/python
+RUN_READY := $(VENV)/.installed-run
+DEV_READY := $(VENV)/.installed-dev
+endif
+# Where its scripts lie, with the slash; empty when PY itself comes from PATH.
+BIN = $(if $(findstring /,$(PY)),$(dir $(PY)))
+
+# Small tensors: beyond a few threads the tests only wait for one another.
+TEST_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# The demo base comes from a package; nothing here asks a model hub.
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup proto lint format type test test-gpu bench bench-gpu run demo clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+		while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@echo
+	@echo '  ARGS="..."          options for run, bench, bench-gpu: make run ARGS="--port 0"'
+	@echo '  PYTEST_ARGS="..."   options for test, test-gpu: make test PYTEST_ARGS="-x tests/kernels"'
+	@echo '  PYTHON=python3.12   the Python to make .venv with;  PY=python3 uses an environment as it is'
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+# Asked for first: without ensurepip, `venv` fails half-way and leaves a folder behind.
+$(VENV)/bin/python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo 'make: no Python 3.11 or later found. Install one, or name it: make run PYTHON=/path/to/python3.12' >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'make: $(PYTHON) is not Python 3.11 or later. Name one that is: make run PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'make: $(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
+
+# $(1): the extra of pyproject.toml. pip stays loud: torch alone takes minutes, and its bars show how long.
+define install
+	@echo 'Installing the locked dependencies (constraints.txt) into $(VENV); the first time takes minutes'
+	@"$(PY)" -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' || { \
+		echo 'make: the installation failed; pip says why above. Behind a proxy or mirror, set HTTPS_PROXY or PIP_INDEX_URL.' >&2; \
+		exit 1; }
+endef
+
+$(VENV)/.installed-run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,demo)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,dev)
+	@touch $@ $(VENV)/.installed-run
+
+setup: $(DEV_READY) ## the development environment (.venv with everything that the other targets need)
+	@echo 'Ready. `make test` runs the tests; `. $(VENV)/bin/activate` puts `lorikeet` on your PATH.'
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+run: $(RUN_READY) ## the demo: one NF4 base, four adapters, gRPC on 127.0.0.1:50051
+	@exec "$(BIN)lorikeet" serve --model demo --adapters examples/adapters $(ARGS)
+
+demo: $(RUN_READY)
+	@"$(BIN)lorikeet" prepare-demo
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+test: $(DEV_READY) ## the whole test suite on the CPU
+	@$(MAKE) demo PY="$(PY)" || echo 'make: no demo base; the tests that need it will skip and say so'
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -m pytest -m 'not gpu' $(PYTEST_ARGS)
+
+test-gpu: $(DEV_READY) ## the tests that need a CUDA device
+	@$(OFFLINE) "$(PY)" -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(DEV_READY) type ## style, types, stub drift, protobuf and deployment files
+	@"$(PY)" -m ruff check .
+	@"$(PY)" -m ruff format --check .
+	@"$(PY)" protos/generate.py --check
+	@"$(BIN)buf" lint
+	@PATH="$(if $(BIN),$(abspath $(BIN)):)$$PATH" deploy/lint.sh
+
+type: $(DEV_READY) ## mypy --strict on server/ and adapters/, and what they import here
+	@mkdir -p .cache/typing && ln -sfn ../.. .cache/typing/lorikeet
+	@"$(PY)" -m mypy -p lorikeet.server -p lorikeet.adapters | sed 's|^\.cache/typing/lorikeet/||'
+
+format: $(DEV_READY) ## put the code into the project's style
+	@"$(PY)" -m ruff check --fix-only --quiet .
+	@"$(PY)" -m ruff format .
+
+proto: $(DEV_READY) ## generate the stubs from protos/v1/*.proto
+	@"$(PY)" protos/generate.py
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+bench: $(DEV_READY) ## Lorikeet beside PEFT on this CPU; writes benchmarks/results/
+	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(ARGS)
+
+bench-gpu: $(DEV_READY) ## the same on a CUDA device, with Llama-3-8B shapes
+	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(ARGS)
+
+clean: ## remove caches and build products (the environment stays: rm -r .venv)
+	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
