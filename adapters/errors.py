@@ -27,7 +27,7 @@ class ServingError(Exception):
 
     Args:
         message: full sentence(s) for the client.
-        metadata: ErrorInfo metadata (values are short strings, never secrets or server paths outside the adapter roots).
+        metadata: ErrorInfo metadata (values are short strings, never secrets or paths outside the adapter roots).
     """
 
     code: Code = Code.INTERNAL

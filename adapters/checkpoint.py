@@ -1,0 +1,159 @@
+"""An adapter directory as PEFT saves it -> checked tensors in host memory, and the digest that identifies them.
+
+Runs on a loader thread. Only `adapter_config.json` and `adapter_model.safetensors` are read; a pickle is never opened.
+Everything that the header can tell is checked before the payload is read.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from .config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, parse_config
+from .errors import AdapterInvalidError, AdapterMemoryError
+from .fingerprint import BaseFingerprint
+from .paths import open_contained
+from .scaling import Scaling
+from .sites import SiteTable
+from .tensor_map import ModuleTensors, count_elements, group_tensors, match_sites
+from .weights_file import WEIGHTS_FILE, TensorInfo, new_digest, read_header, read_payload
+
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_DTYPES: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """One module's finite tensors, as in the file.
+
+    Attributes:
+        scaling: rank and factor.
+        lora_a: [rank, in_features].
+        lora_b: [out_features, rank].
+        lora_e: AdaLoRA's singular values [rank, 1], else None.
+        b_name: name of lora_b in the file, for messages.
+    """
+
+    scaling: Scaling
+    lora_a: Tensor
+    lora_b: Tensor
+    lora_e: Tensor | None
+    b_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checked adapter.
+
+    Attributes:
+        config: parsed.
+        digest: hex SHA-256 of the config's bytes followed by the weights file's bytes.
+        modules: module path -> tensors; CPU, float16, bfloat16 or float32, views of one buffer.
+    """
+
+    config: AdapterConfig
+    digest: str
+    modules: dict[str, AdaptedModule]
+
+
+def load_checkpoint(
+    directory: Path,
+    sites: SiteTable,
+    base: BaseFingerprint,
+    *,
+    roots: Sequence[Path] = (),
+    max_elements: int | None = None,
+) -> Checkpoint:
+    """Read an adapter directory for a base.
+
+    Args:
+        directory: real path.
+        sites: the base's sites.
+        base: the base's name, for messages.
+        roots: both files must lie in one of them; empty when a local tool asks.
+        max_elements: refuse an adapter of more packed elements before reading its payload.
+
+    Raises:
+        AdapterMemoryError: more than max_elements.
+        AdapterInvalidError: missing, truncated, malformed, non-finite or pickled.
+        AdapterIncompatibleError: well-formed, but not servable on this base; names the field or tensor.
+    """
+    config_bytes, config = read_config(directory, roots)
+    with open_weights(directory, roots) as file:
+        header = read_header(file)
+        groups = match_sites(group_tensors(header.tensors, config), config, sites, base)
+        elements = count_elements({module: group.scaling for module, group in groups.items()}, sites)
+        if max_elements is not None and elements > max_elements:
+            raise AdapterMemoryError(
+                f"The adapter takes {elements} elements; the adapter memory holds {max_elements}. Raise its budget."
+            )
+        digest = new_digest()
+        digest.update(config_bytes)
+        payload = read_payload(file, header, digest)
+    modules = {module: _adapted_module(group, payload) for module, group in groups.items()}
+    return Checkpoint(config, digest.hexdigest(), modules)
+
+
+def read_config(directory: Path, roots: Sequence[Path] = ()) -> tuple[bytes, AdapterConfig]:
+    """The bytes of adapter_config.json and what they say."""
+    with open_contained(directory, CONFIG_FILE, roots) as file:
+        try:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        except OSError:
+            raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read.", {"file": CONFIG_FILE}) from None
+    return data, parse_config(data)
+
+
+def check_complete(directory: Path, roots: Sequence[Path]) -> None:
+    """Raise AdapterInvalidError while a file is missing or the weights file is shorter than its header announces."""
+    open_contained(directory, CONFIG_FILE, roots).close()
+    with open_weights(directory, roots) as file:
+        read_header(file)
+
+
+def open_weights(directory: Path, roots: Sequence[Path] = ()) -> BinaryIO:
+    """Open adapter_model.safetensors; a folder that has only a pickle instead is refused by the pickle's name."""
+    if not (directory / WEIGHTS_FILE).is_file():
+        pickle = next((name for name in sorted(_names(directory)) if name.endswith(_PICKLES)), None)
+        if pickle is not None:
+            raise AdapterInvalidError(
+                f"{WEIGHTS_FILE} is missing, and {pickle[:128]!r} is a pickle, which is never opened: it can run code. "
+                "Save the adapter with safe_serialization=True (PEFT's default).",
+                {"file": pickle[:128]},
+            )
+    return open_contained(directory, WEIGHTS_FILE, roots)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        raise AdapterInvalidError("The adapter folder cannot be read.") from None
+
+
+def _adapted_module(group: ModuleTensors, payload: bytearray) -> AdaptedModule:
+    return AdaptedModule(
+        scaling=group.scaling,
+        lora_a=_tensor(group.lora_a, payload),
+        lora_b=_tensor(group.lora_b, payload),
+        lora_e=None if group.lora_e is None else _tensor(group.lora_e, payload),
+        b_name=group.lora_b.name,
+    )
+
+
+def _tensor(info: TensorInfo, payload: bytearray) -> Tensor:
+    """A view of the payload, checked to be finite."""
+    dtype = _DTYPES[info.dtype]
+    if info.start == info.stop:  # AdaLoRA may keep no rank at all; torch.frombuffer refuses an empty range
+        return torch.empty(info.shape, dtype=dtype)
+    count = (info.stop - info.start) // dtype.itemsize
+    tensor = torch.frombuffer(payload, dtype=dtype, count=count, offset=info.start).view(info.shape)
+    if not torch.isfinite(tensor).all():
+        raise AdapterInvalidError(
+            f"Tensor {info.name!r} has values that are not finite (NaN or infinity).", {"tensor": info.name[:256]}
+        )
+    return tensor

@@ -1,0 +1,181 @@
+"""The thread that brings wanted versions to the device, and fails draining ones at their deadline.
+
+Wishes are served oldest first: one that does not fit yet is not overtaken, or a large adapter could wait for ever.
+Reading from disk happens on other threads meanwhile. Nothing here waits for work while it holds the lock.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import structlog
+import torch
+
+from .device_store import DeviceStore, Placement
+from .errors import ServingError
+from .packing import PackedAdapter
+from .registry import Registry
+from .version import AdapterVersion
+
+# While something is wanted and does not fit, look again after this time: leases end without anyone saying so.
+RETRY_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Events(NamedTuple):
+    """Whom the loader tells, without any lock held.
+
+    Attributes:
+        on_ready: a version is on the device or has failed, or step_work has something to do.
+        on_version_dropped: a version that requests still hold passed its drain deadline.
+        on_progress: evictions may have to be reported.
+    """
+
+    on_ready: Callable[[], None]
+    on_version_dropped: Callable[[AdapterVersion], None]
+    on_progress: Callable[[], None]
+
+
+class _Copy(NamedTuple):
+    version: AdapterVersion
+    packed: PackedAdapter
+    placement: Placement
+
+
+class DeviceLoader:
+    """One thread; `start` and `close` it once.
+
+    Args:
+        changed: the manager's lock; notified when the registry changed.
+        registry: guarded by `changed`.
+        store: bookkeeping guarded by `changed`, see its module.
+        read_again: starts to read a version whose host copy was just claimed, on another thread.
+        events: whom to tell.
+
+    Attributes:
+        compaction_wanted: set under the lock when free memory is scattered; nothing is copied until the step thread has
+            compacted the store and calls `compacted`.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        registry: Registry,
+        store: DeviceStore,
+        read_again: Callable[[AdapterVersion], object],
+        events: Events,
+    ) -> None:
+        self.compaction_wanted = False
+        self._changed = changed
+        self._registry = registry
+        self._store = store
+        self._read_again = read_again
+        self._events = events
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="adapter-device", daemon=True)
+        cuda = store.device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(store.device) if cuda else None
+        # Where kernels that read the arena run; known once the step thread has called step_work.
+        self.compute_stream = torch.cuda.default_stream(store.device) if cuda else None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, after the copy it is making."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def compacted(self) -> None:
+        """The store has been compacted; called with the lock held."""
+        self.compaction_wanted = False
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                dropped = self._registry.expire(time.monotonic())
+                compacting = self.compaction_wanted
+                copy = self._next_copy()
+                asks = self.compaction_wanted and not compacting
+                if copy is None and not dropped and not asks:
+                    self._changed.wait(self._patience())
+                    continue
+            if asks:
+                self._tell(self._events.on_ready)
+            for version in dropped:
+                self._tell(self._events.on_version_dropped, version)
+            if copy is not None:
+                self._bring_in(copy)
+            self._tell(self._events.on_progress)
+
+    def _patience(self) -> float | None:
+        """How long to wait for a change, in seconds."""
+        deadline = self._registry.next_deadline()
+        timeouts = [RETRY_S] if self._registry.wanted else []
+        if deadline is not None:
+            timeouts.append(max(0.0, deadline - time.monotonic()))
+        return min(timeouts, default=None)
+
+    def _next_copy(self) -> _Copy | None:
+        """Start reading wanted versions that are on disk; return the oldest wish in host memory if it fits."""
+        registry = self._registry
+        for version, record in registry.wanted.items():
+            if record.host is None and not record.host_claimed:
+                if not registry.claim_host(version, urgent=True):
+                    break
+                self._read_again(version)
+        if self.compaction_wanted:
+            return None
+        head = next((r for r in registry.wanted.values() if r.host is not None and not r.device_claimed), None)
+        if head is None or not registry.claim_device(head.version, time.monotonic()):
+            return None
+        packed = head.host
+        assert isinstance(packed, PackedAdapter)
+        placement = self._store.reserve(packed)
+        if placement is None:
+            registry.abandon_device(head.version)
+            self.compaction_wanted = True
+            return None
+        return _Copy(head.version, packed, placement)
+
+    def _bring_in(self, copy: _Copy) -> None:
+        try:
+            self._write(copy)
+        except Exception:
+            # Whatever went wrong must neither end this thread nor reach the step loop.
+            _log.exception("adapter_copy_failed", adapter=copy.version.adapter_id, digest=copy.version.digest)
+            error = ServingError(f"Adapter {copy.version.adapter_id!r} could not be copied to the device.")
+            with self._changed:
+                self._store.remove(copy.placement.slot)
+                self._registry.abandon_device(copy.version)
+                self._registry.fail_version(copy.version, error)
+        else:
+            with self._changed:
+                self._registry.fill_device(copy.version, copy.placement.slot, time.monotonic())
+        self._tell(self._events.on_ready)
+
+    def _write(self, copy: _Copy) -> None:
+        if self._copy_stream is None:
+            self._store.write(copy.placement, copy.packed)
+            return
+        # Kernels already launched may still read the extent's previous owner.
+        assert self.compute_stream is not None
+        self._copy_stream.wait_stream(self.compute_stream)
+        with torch.cuda.stream(self._copy_stream):
+            self._store.write(copy.placement, copy.packed)
+        self._copy_stream.synchronize()
+
+    def _tell(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            _log.exception("adapter_callback_failed")

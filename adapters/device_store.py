@@ -1,0 +1,165 @@
+"""Device memory of adapters: the arena, and the tables that tell the kernels where each slot's blocks lie.
+
+`reserve`, `remove` and `plan_compaction` change bookkeeping only; the adapter manager calls them under its lock.
+`write` is called by the thread that copies adapters in, `move` by the step thread between steps; neither needs the
+lock, because a slot is written before anyone is told of it, and nothing is written while extents move.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arena import ExtentAllocator, Move, aligned
+from .packing import PackedAdapter
+from .sites import SiteTable
+
+# Overlapping extents are moved through a buffer of this size.
+MOVE_BUFFER_BYTES = 8 * 2**20
+
+
+class Placement(NamedTuple):
+    """Where an adapter lies: its slot, and the first element of its extent in the arena."""
+
+    slot: int
+    start: int
+
+
+class DeviceStore:
+    """Adapters resident on one device.
+
+    Args:
+        site_table: the base's sites.
+        dtype: of the arena, the compute type.
+        device: where it lies.
+        budget_bytes: size of the arena; allocated at once.
+        max_slots: how many adapters can be resident.
+
+    Attributes:
+        arena: [elements], dtype.
+        site_offsets: int64 [num_sites, max_slots], element of the arena where the slot's block of the site starts; -1 =
+            not adapted. Columns of free slots are stale: no batch refers to them, and `write` sets every entry.
+        site_ranks: int32 [num_sites, max_slots, max_slices]; 0 = slice not adapted.
+        rank_sums: int32 [max_slots, num_sites] on the CPU: sum of the slice ranks, what `LoraBatch` needs on the host.
+    """
+
+    def __init__(
+        self, site_table: SiteTable, dtype: torch.dtype, device: torch.device, budget_bytes: int, max_slots: int
+    ) -> None:
+        num_sites, max_slices = len(site_table.sites), site_table.max_slices
+        self.device = device
+        self.max_slots = max_slots
+        self._allocator = ExtentAllocator(budget_bytes // dtype.itemsize)
+        self.arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
+        self.site_offsets = torch.full((num_sites, max_slots), -1, dtype=torch.int64, device=device)
+        self.site_ranks = torch.zeros((num_sites, max_slots, max_slices), dtype=torch.int32, device=device)
+        self.rank_sums = torch.zeros((max_slots, num_sites), dtype=torch.int32)
+        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._starts: dict[int, int] = {}  # slot -> start of its extent
+        self._relative: dict[int, Tensor] = {}  # slot -> int64 [num_sites], offsets inside its extent
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that extents can take together."""
+        return self._allocator.capacity * self.arena.element_size()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that extents take."""
+        return self._allocator.used_elements * self.arena.element_size()
+
+    def extent_bytes(self, packed: PackedAdapter) -> int:
+        """Bytes of the extent that an adapter takes."""
+        return aligned(max(packed.data.numel(), 1)) * self.arena.element_size()
+
+    def reserve(self, packed: PackedAdapter) -> Placement | None:
+        """Take a slot and an extent; None when no slot is free or no extent large enough (compaction may make one)."""
+        if not self._free_slots:
+            return None
+        # An adapter may have no element at all (AdaLoRA that kept no rank, loaded with allow_zero).
+        start = self._allocator.alloc(max(packed.data.numel(), 1))
+        if start is None:
+            return None
+        slot = self._free_slots.pop()
+        self._starts[slot] = start
+        self._relative[slot] = packed.site_offsets
+        return Placement(slot, start)
+
+    def write(self, placement: Placement, packed: PackedAdapter) -> None:
+        """Copy weights and table columns into a reserved place, on the current stream.
+
+        The columns are written whole, so nothing of the slot's previous adapter stays.
+        """
+        slot, start = placement
+        self.arena[start : start + packed.data.numel()].copy_(packed.data, non_blocking=True)
+        self.site_offsets[:, slot] = _absolute(packed.site_offsets, start).to(self.device)
+        self.site_ranks[:, slot] = packed.site_ranks.to(self.device)
+        self.rank_sums[slot] = packed.site_ranks.sum(dim=1, dtype=torch.int32)
+
+    def install(self, packed: PackedAdapter) -> int | None:
+        """Reserve and write in one: the slot, or None when there is no room."""
+        placement = self.reserve(packed)
+        if placement is None:
+            return None
+        self.write(placement, packed)
+        return placement.slot
+
+    def remove(self, slot: int) -> None:
+        """Free a slot and its extent. Nothing is written: only kernels already launched may still read them.
+
+        Raises:
+            KeyError: the slot is free.
+        """
+        self._allocator.free(self._starts.pop(slot))
+        del self._relative[slot]
+        self._free_slots.append(slot)
+
+    def compact(self) -> int:
+        """Remove all gaps between extents; the number of extents moved. For a store that only one thread uses."""
+        moves = self.plan_compaction()
+        self.move(moves)
+        return len(moves)
+
+    def plan_compaction(self) -> list[tuple[int, Move]]:
+        """Lay the extents out without gaps; (slot, move) of each that has to move, in the order `move` makes them."""
+        slots = {start: slot for slot, start in self._starts.items()}
+        moves = [(slots[move.source], move) for move in self._allocator.compact()]
+        for slot, move in moves:
+            self._starts[slot] = move.target
+        return moves
+
+    def move(self, moves: list[tuple[int, Move]]) -> None:
+        """Move extents on the device and point their slots' tables to them, on the current stream."""
+        if not moves:
+            return
+        buffer = torch.empty(MOVE_BUFFER_BYTES // self.arena.element_size(), dtype=self.arena.dtype, device=self.device)
+        for slot, (source, target, size) in moves:
+            self._slide(source, target, size, buffer)
+            offsets = self.site_offsets[:, slot]
+            offsets += torch.where(offsets >= 0, target - source, 0)
+
+    def check_integrity(self) -> None:
+        """Assert that slots and extents are each owned exactly once."""
+        self._allocator.check_integrity()
+        assert sorted([*self._free_slots, *self._starts]) == list(range(self.max_slots))
+        assert len(set(self._starts.values())) == len(self._starts) == len(self._relative)
+
+    def _slide(self, source: int, target: int, size: int, buffer: Tensor) -> None:
+        """Copy [source, source + size) to [target, ...), target < source, in ascending chunks.
+
+        A chunk no longer than the distance cannot overlap its target. Shorter distances go through the buffer: a chunk
+        is read whole before its target is written, and the target ends below all that is still to be read.
+        """
+        direct = source - target >= min(buffer.numel(), size)
+        step = source - target if direct else buffer.numel()
+        for i in range(0, size, step):
+            n = min(step, size - i)
+            chunk = self.arena[source + i : source + i + n]
+            if not direct:
+                chunk = buffer[:n].copy_(chunk)
+            self.arena[target + i : target + i + n].copy_(chunk)
+
+
+def _absolute(relative: Tensor, start: int) -> Tensor:
+    """Offsets in the arena of an extent that starts at `start`: int64 [num_sites], -1 stays -1."""
+    return torch.where(relative >= 0, relative + start, relative)

@@ -1,0 +1,105 @@
+"""What the adapter manager tells about its adapters, and whom it tells about events. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from .scaling import Scaling
+
+
+class AdapterState(StrEnum):
+    """Where a version is in its life: LOADING -> READY -> DRAINING -> gone, or LOADING -> FAILED."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"  # replaced or unloaded; requests admitted before may finish on it
+    FAILED = "failed"
+
+
+class Tier(StrEnum):
+    """The fastest memory that holds a version."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One version of one adapter; or an id whose load is under way or failed (then without digest).
+
+    Attributes:
+        adapter_id: what users name.
+        digest: identity of the version; empty while an id's first load is under way or when it failed.
+        state: where it is in its life.
+        tier: fastest memory that holds it.
+        bytes: of its packed weights.
+        max_rank: largest rank of a module.
+        slices: `q_proj` -> (rank, scaling), or full module paths where layers differ.
+        in_flight: requests that hold the version.
+        error: why it failed; for a ready version, why its last replacement failed.
+        warning: something an operator should know, such as a base of another name.
+        loaded_at: Unix seconds.
+        source: name of the folder it came from.
+        method: LoRA, rsLoRA or AdaLoRA.
+    """
+
+    adapter_id: str
+    digest: str
+    state: AdapterState
+    tier: Tier
+    bytes: int
+    max_rank: int
+    slices: Mapping[str, Scaling]
+    in_flight: int
+    error: str | None
+    warning: str | None
+    loaded_at: float
+    source: str
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStats:
+    """A consistent picture for metrics.
+
+    Attributes:
+        adapters: every version and every loading or failed id, sorted by id.
+        bytes_used: by tier (host and device), evictable memory included.
+        bytes_budget: by tier (host and device).
+        wanted: versions that requests wait for.
+    """
+
+    adapters: tuple[AdapterInfo, ...]
+    bytes_used: Mapping[Tier, int]
+    bytes_budget: Mapping[Tier, int]
+    wanted: int
+
+    def names_by_tier(self) -> dict[Tier, list[str]]:
+        """Ids of ready adapters by tier."""
+        names: dict[Tier, list[str]] = {tier: [] for tier in Tier}
+        for info in self.adapters:
+            if info.state is AdapterState.READY:
+                names[info.tier].append(info.adapter_id)
+        return names
+
+
+class AdapterObserver(Protocol):
+    """Told of events, on loader threads and without any lock held; must be cheap and thread-safe."""
+
+    def on_load(self, adapter_id: str, outcome: str, seconds: float) -> None:
+        """A load from disk ended: outcome is "ok" or the error's reason."""
+
+    def on_evict(self, tier: str) -> None:
+        """An idle version lost its copy in that tier ("host" or "device") to make room for another."""
+
+
+class SilentObserver:
+    """Ignores every event."""
+
+    def on_load(self, adapter_id: str, outcome: str, seconds: float) -> None:
+        """Ignore it."""
+
+    def on_evict(self, tier: str) -> None:
+        """Ignore it."""

@@ -1,0 +1,254 @@
+"""Keeps the served adapters in line with the subfolders of the adapter roots.
+
+A subfolder that appears or changes is loaded under its name, one that goes is unloaded. Change notifications only say
+*when* to look: what to do is decided by comparing each folder's files with what they were, so that a lost notification
+(or a network file system without any) delays a change and never hides it.
+
+A folder counts once its two files have been left alone for a while and the weights file is as long as its header
+announces; until then a half-copied folder is neither served nor failed. One that stays incomplete, or is refused, is
+listed as failed with its reason and tried again when it changes.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+import watchfiles
+
+from .checkpoint import check_complete
+from .config import CONFIG_FILE
+from .errors import AdapterIdError, ServingError
+from .info import AdapterInfo, AdapterState
+from .manager import AdapterManager
+from .paths import check_adapter_id
+from .weights_file import WEIGHTS_FILE
+
+SETTLE_S: Final = 1.0
+# How long a folder may stay incomplete, without any change, before it is listed as failed.
+INCOMPLETE_S: Final = 10.0
+# Without notifications every folder is looked at this often.
+RESCAN_S: Final = 10.0
+
+_TEMPORARY: Final = (".tmp", ".partial")
+
+# For each of the two files: modification and change time in ns, size, inode; None where it is missing.
+_Signature = tuple[tuple[int, int, int, int] | None, ...]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Folder:
+    """One subfolder.
+
+    Attributes:
+        root: which root it is in.
+        path: as found, not resolved.
+        signature: of its files when last seen.
+        changed_at: `time.monotonic()` second since which the signature stayed the same.
+        gone_since: when it was first missed, or None.
+        handled: the signature that was loaded or refused last, or None.
+        load: the load under way, or the last one.
+    """
+
+    root: Path
+    path: Path
+    signature: _Signature
+    changed_at: float
+    gone_since: float | None = None
+    handled: _Signature | None = None
+    load: Future[AdapterInfo] | None = None
+
+    @property
+    def loaded_digest(self) -> str | None:
+        """What the last load made current, or None while it is under way or when it failed."""
+        load = self.load
+        if load is None or not load.done() or load.cancelled() or load.exception() is not None:
+            return None
+        return load.result().digest
+
+
+class AdapterWatcher:
+    """Watches the roots with one thread.
+
+    Args:
+        manager: loads and unloads.
+        roots: directories whose subfolders are adapters; of two subfolders of the same name the first root's counts.
+        settle_s: how long a folder's files must be unchanged.
+        incomplete_s: how long an incomplete folder may stay so before it is listed as failed.
+    """
+
+    def __init__(
+        self,
+        manager: AdapterManager,
+        roots: Sequence[Path],
+        *,
+        settle_s: float = SETTLE_S,
+        incomplete_s: float = INCOMPLETE_S,
+    ) -> None:
+        self._manager = manager
+        self._roots = tuple(root.absolute() for root in roots)
+        self._settle_s = settle_s
+        self._incomplete_s = incomplete_s
+        self._folders: dict[str, _Folder] = {}
+        self._ignored: set[Path] = set()  # folders already warned about
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="adapter-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Load what is there, waiting until every settled folder is loaded or refused; then watch."""
+        self.scan()
+        wait([folder.load for folder in self._folders.values() if folder.load is not None])
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def scan(self) -> bool:
+        """Compare the folders with what they were, and start the loads and unloads that follow.
+
+        Returns:
+            Whether a folder has yet to settle, so that another scan is due soon even if nothing changes.
+        """
+        now = time.monotonic()
+        found = self._find()
+        for name, (root, path) in found.items():
+            self._look_at(name, root, path, now)
+        pending = [self._settle(name, folder, now) for name, folder in list(self._folders.items()) if name in found]
+        pending += [self._miss(name, folder, now) for name, folder in list(self._folders.items()) if name not in found]
+        return any(pending)
+
+    def _run(self) -> None:
+        tick_s = max(self._settle_s / 2, 0.05)
+        pending, scanned_at = True, time.monotonic()
+        while not self._stop.is_set():
+            try:
+                # Every tick yields, with or without changes; the loop ends when `_stop` is set.
+                for changes in watchfiles.watch(
+                    *self._roots,
+                    watch_filter=None,
+                    stop_event=self._stop,
+                    rust_timeout=int(tick_s * 1000),
+                    debounce=200,
+                    yield_on_timeout=True,
+                    raise_interrupt=False,
+                ):
+                    if changes or pending or time.monotonic() - scanned_at > RESCAN_S:
+                        pending, scanned_at = self.scan(), time.monotonic()
+            except Exception:
+                # No notifications (a root is gone, or the system's watch limit is reached): look at intervals.
+                _log.exception("adapter_watch_failed", retry_s=RESCAN_S)
+                self._stop.wait(RESCAN_S)
+                pending = True
+
+    def _find(self) -> dict[str, tuple[Path, Path]]:
+        """Subfolders by name: (root, path). Folders of a root that cannot be read stay as they were."""
+        found: dict[str, tuple[Path, Path]] = {}
+        for root in self._roots:
+            try:
+                with os.scandir(root) as entries:
+                    paths = [root / entry.name for entry in entries if entry.is_dir()]
+            except OSError:
+                _log.warning("adapter_root_unreadable", root=str(root))
+                kept = {n: (f.root, f.path) for n, f in self._folders.items() if f.root == root}
+                found = {**kept, **found}
+                continue
+            for path in sorted(paths):
+                name = path.name
+                if name.startswith(".") or name.endswith(_TEMPORARY) or not self._is_acceptable(path):
+                    continue
+                if name not in found:
+                    found[name] = (root, path)
+                elif path not in self._ignored:
+                    self._ignored.add(path)
+                    _log.warning("adapter_folder_ignored", folder=name, why="an earlier root has a folder of this name")
+        return found
+
+    def _is_acceptable(self, path: Path) -> bool:
+        try:
+            check_adapter_id(path.name)
+        except AdapterIdError as error:
+            if path not in self._ignored:
+                self._ignored.add(path)
+                _log.warning("adapter_folder_ignored", folder=path.name, why=error.message)
+            return False
+        return True
+
+    def _look_at(self, name: str, root: Path, path: Path, now: float) -> None:
+        signature = _signature(path)
+        folder = self._folders.get(name)
+        if folder is None or folder.path != path:
+            # A folder that was there before may have been left alone for long; the change time, which no copying tool
+            # can set, tells since when.
+            changed = max((entry[1] / 1e9 for entry in signature if entry is not None), default=time.time())
+            handled = None if folder is None else folder.handled
+            load = None if folder is None else folder.load
+            age = max(0.0, time.time() - changed)
+            self._folders[name] = _Folder(root, path, signature, now - age, handled=handled, load=load)
+            return
+        folder.gone_since = None
+        if folder.signature != signature:
+            folder.signature, folder.changed_at = signature, now
+
+    def _settle(self, name: str, folder: _Folder, now: float) -> bool:
+        """Load a changed folder once it is quiet and complete; whether that is still to come."""
+        if folder.handled == folder.signature:
+            return False
+        quiet_s = now - folder.changed_at
+        if quiet_s < self._settle_s or (quiet_s < self._incomplete_s and not self._is_complete(folder)):
+            return True
+        folder.handled = folder.signature
+        try:
+            folder.load = self._manager.load_in_background(name, folder.path)
+        except ServingError as error:  # a link that leads out of the roots
+            _log.warning("adapter_folder_refused", adapter=name, reason=error.reason, message=error.message)
+            self._manager.note_failure(name, error)
+        return False
+
+    def _miss(self, name: str, folder: _Folder, now: float) -> bool:
+        """Unload what has been gone for a while (it may be about to be replaced); whether that is still to come."""
+        if folder.gone_since is None:
+            folder.gone_since = now
+        if now - folder.gone_since < self._settle_s:
+            return True
+        del self._folders[name]
+        if folder.handled is not None:
+            self._unload(name, folder)
+        return False
+
+    def _unload(self, name: str, folder: _Folder) -> None:
+        """Unload what came from the folder, unless the id has been loaded from elsewhere since."""
+        try:
+            info = self._manager.get(name)
+            if info.state in (AdapterState.LOADING, AdapterState.FAILED) or info.digest == folder.loaded_digest:
+                self._manager.unload(name)
+        except ServingError:
+            _log.debug("adapter_already_unloaded", adapter=name)
+
+    def _is_complete(self, folder: _Folder) -> bool:
+        try:
+            check_complete(folder.path.resolve(), self._roots)
+        except ServingError:
+            return False
+        return True
+
+
+def _signature(path: Path) -> _Signature:
+    return tuple(_file_signature(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _file_signature(path: Path) -> tuple[int, int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino

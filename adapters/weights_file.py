@@ -1,0 +1,182 @@
+"""The safetensors container: header first, checked against the file's size, then the payload. Imports no torch.
+
+Format: 8 bytes little-endian header length, a JSON header name -> (dtype, shape, data_offsets), then the tensors' bytes
+without holes (github.com/huggingface/safetensors). It is parsed here rather than by the library because the library
+maps the file: another process that truncates or rewrites a mapped file kills the server or changes weights that were
+already checked. Here the bytes that are hashed are the bytes that are served.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import BinaryIO, Final, Protocol, TypeGuard
+
+from .errors import AdapterIncompatibleError, AdapterInvalidError
+
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+MAX_HEADER_BYTES: Final = 32 * 2**20
+READ_BYTES: Final = 8 * 2**20
+
+_ITEM_BYTES: Final = {"F16": 2, "BF16": 2, "F32": 4}
+# Beginnings of files that are often found under a weights file's name.
+_IMPOSTORS: Final = (
+    (b"PK\x03\x04", "is a pickled torch checkpoint (a zip file)"),
+    (b"\x80", "is a pickle"),
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself; run `git lfs pull`"),
+)
+
+
+class Digest(Protocol):
+    """What hashlib's objects can do, as far as it is used here."""
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Add data."""
+
+    def hexdigest(self) -> str:
+        """The digest of all data so far."""
+
+
+def new_digest() -> Digest:
+    """The hash that identifies adapter versions."""
+    return hashlib.sha256()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of the header.
+
+    Attributes:
+        name: key in the file.
+        dtype: F16, BF16 or F32.
+        shape: sizes.
+        start, stop: its bytes in the payload, [start, stop).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsHeader:
+    """The checked header.
+
+    Attributes:
+        tensors: by name.
+        raw: the bytes before the payload.
+        payload_bytes: length of the rest of the file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    raw: bytes
+    payload_bytes: int
+
+
+def read_header(file: BinaryIO) -> WeightsHeader:
+    """Read and check the header of an open file; nothing else is read.
+
+    Raises:
+        AdapterInvalidError: not a safetensors file, or truncated or half-copied.
+        AdapterIncompatibleError: a tensor of another type than F16, BF16 or F32.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = _read_exactly(file, min(8, size))
+    length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
+    if length < 2 or length > MAX_HEADER_BYTES:
+        start = prefix + _read_exactly(file, min(24, size - len(prefix)))
+        what = next((text for magic, text in _IMPOSTORS if start.startswith(magic)), "is not a safetensors file")
+        raise _invalid(f"{what} (it has {size} bytes)")
+    if 8 + length > size:
+        raise _invalid(f"ends inside its header ({size} bytes); is the copy complete?")
+    body = _read_exactly(file, length)
+    try:
+        raw = json.loads(body)
+    except (ValueError, RecursionError):
+        raise _invalid("has a header that is not JSON") from None
+    if not isinstance(raw, dict):
+        raise _invalid("has a header that is not a JSON object")
+    tensors = {name: _tensor_info(name, entry) for name, entry in raw.items() if name != "__metadata__"}
+    announced = _check_offsets(tensors)
+    if 8 + length + announced != size:
+        raise _invalid(f"has {size} bytes but its header announces {8 + length + announced}; is the copy complete?")
+    return WeightsHeader(tensors, prefix + body, announced)
+
+
+def read_payload(file: BinaryIO, header: WeightsHeader, digest: Digest) -> bytearray:
+    """Read the rest of the file, feeding the whole file to the digest. Releases the interpreter lock while it does."""
+    digest.update(header.raw)
+    payload = bytearray(header.payload_bytes)
+    view = memoryview(payload)
+    for start in range(0, len(payload), READ_BYTES):
+        chunk = view[start : start + READ_BYTES]
+        filled = 0
+        while filled < len(chunk):
+            count = _read_into(file, chunk[filled:])
+            if not count:
+                raise _invalid("became shorter while it was read; is it still being copied?")
+            filled += count
+        digest.update(chunk)
+    return payload
+
+
+def _read_exactly(file: BinaryIO, count: int) -> bytes:
+    data = bytearray(count)
+    view = memoryview(data)
+    filled = 0
+    while filled < count:
+        got = _read_into(file, view[filled:])
+        if not got:
+            raise _invalid("became shorter while it was read; is it still being copied?")
+        filled += got
+    return bytes(data)
+
+
+def _read_into(file: BinaryIO, target: memoryview) -> int:
+    try:
+        return os.readv(file.fileno(), [target])
+    except OSError:
+        raise _invalid("cannot be read") from None
+
+
+def _tensor_info(name: str, entry: object) -> TensorInfo:
+    if isinstance(entry, dict):
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2:
+            if dtype not in _ITEM_BYTES:
+                raise AdapterIncompatibleError(
+                    f"Tensor {name[:256]!r} is of type {dtype[:16]}; served are {', '.join(_ITEM_BYTES)}.", _about(name)
+                )
+            start, stop = offsets
+            if stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+                raise _invalid(
+                    f"announces {stop - start} bytes for tensor {name[:256]!r} of shape {shape}, type {dtype}"
+                )
+            return TensorInfo(name, dtype, tuple(shape), start, stop)
+    raise _invalid(f"has a malformed header entry for tensor {name[:256]!r}")
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    # 2^48: beyond any file, and small enough that products stay harmless.
+    return isinstance(value, list) and len(value) <= 8 and all(type(v) is int and 0 <= v < 2**48 for v in value)
+
+
+def _check_offsets(tensors: dict[str, TensorInfo]) -> int:
+    """Check that the tensors lie one behind the other without holes; returns where the last ends."""
+    end = 0
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if info.start != end:
+            raise _invalid(f"has a hole or an overlap before tensor {info.name[:256]!r}")
+        end = info.stop
+    return end
+
+
+def _about(name: str) -> dict[str, str]:
+    return {"tensor": name[:256]}
+
+
+def _invalid(what: str) -> AdapterInvalidError:
+    return AdapterInvalidError(f"{WEIGHTS_FILE} {what}.", {"file": WEIGHTS_FILE})
