@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-try:
-    from ...kernels import attention as ops
-except ImportError:
-    ops=None
+from ...kernels import attention as ops
 
 # The name under which the paged attention is registered with transformers.
 ATTENTION = "lorikeet_paged"

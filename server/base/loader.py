@@ -28,6 +28,7 @@ def load_base(
     device: torch.device,
     compute_dtype: torch.dtype,
     cache_dir: Path | None = None,
+    name: str = "",
     progress: bool = True,
 ) -> BaseModel:
     """Load and, unless it already is, quantize a base model.
@@ -38,6 +39,7 @@ def load_base(
         compute_dtype: bfloat16 or float32 (exact tests; CPUs without AVX512-BF16).
         cache_dir: where the quantized form of a 16-bit model is kept, so that the next start reads 4-bit weights; None
             keeps nothing.
+        name: the model's public name, where it is not `source`; adapters say by it what they were trained on.
         progress: show a bar on stderr.
 
     Raises:
@@ -69,7 +71,7 @@ def load_base(
         compute_dtype=compute_dtype,
         max_context=context_limit(config),
         eos_token_ids=_eos_token_ids(directory, config),
-        name=str(getattr(config, "_name_or_path", "") or source),
+        name=name or source,
     )
 
 

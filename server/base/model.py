@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ...adapters.fingerprint import BaseFingerprint
 from ...adapters.sites import Site, SiteTable
 from .attention import KVCache
 from .linears import NF4Linear, StackedLinear
@@ -40,6 +41,11 @@ class BaseModel:
     max_context: int
     eos_token_ids: frozenset[int]
     name: str
+
+    @property
+    def fingerprint(self) -> BaseFingerprint:
+        """How adapters may name this base."""
+        return BaseFingerprint(self.name)
 
     @property
     def vocab_size(self) -> int:

@@ -1,0 +1,1 @@
+"""The step loop: scheduling, paged KV, sampling. One thread owns the model."""

@@ -1,0 +1,223 @@
+"""Chooses the next token of every request of a step, each by its own parameters. Step thread only.
+
+Order of operations, per request: penalties on the raw logits, then min_tokens (masks the tokens that would end the
+request), then temperature, top-k, top-p of what top-k leaves, min-p, and the draw. Tokens tied with the last one that a
+filter keeps are kept too, so the result depends on no sorting order. Log probabilities are those of the raw logits: the
+model's own distribution, before all of that.
+
+A draw uses one number that depends only on the request's seed and the index of the token (`random_draws.py`). The same
+request with the same seed therefore gives the same tokens whatever shares its batch and however often it was preempted,
+as far as the logits are the same: kernels may round differently for another batch size, which changes a token when the
+number falls within that rounding of the border between two tokens.
+
+Rows that need nothing but the likeliest token cost one `max` over the batch; every other feature works on the rows that
+need it. The only wait for the device is the one copy of what was chosen to the host.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .distribution import draw, nucleus_threshold, scale, sort_descending
+from .random_draws import uniform
+from .request import Request, TokenLogprob
+from .token_counts import TokenCounts
+
+_NOT_FINITE = -1  # in place of a token id, on its way to the host
+_MOST_INVERSE_TEMPERATURE = 1e38  # float32; below 1e-38 a temperature is zero for every pair of distinct logits
+
+
+class SampledToken(NamedTuple):
+    """A chosen token; `logprob` if the request asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+class Sampler:
+    """Batched sampling.
+
+    Args:
+        eos_token_ids: what ends a request unless it says ignore_eos; masked below min_tokens.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
+        """Choose a token for each row.
+
+        Args:
+            logits: float32 [n, vocab] on any device; left as it is.
+            requests: one per row, with the tokens drawn so far in `output_token_ids`.
+
+        Returns:
+            In row order; None where the model's logits were not finite.
+        """
+        best, tokens = logits.max(-1)
+        special = [row for row, request in enumerate(requests) if not request.params.greedy or self._is_edited(request)]
+        if special:
+            chosen = self._choose(_rows(logits, special), [requests[row] for row in special])
+            tokens = tokens.index_copy(0, _tensor(special, torch.int64, logits.device), chosen)
+        tokens = torch.where(best.isfinite(), tokens, _NOT_FINITE)
+        reporting = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        if not reporting:
+            return [_sampled(token, None) for token in tokens.tolist()]
+        return self._with_logprobs(logits, tokens, requests, reporting)
+
+    def _is_edited(self, request: Request) -> bool:
+        """Whether the request's logits are changed before the likeliest is taken."""
+        return _is_penalized(request) or self._must_go_on(request)
+
+    def _must_go_on(self, request: Request) -> bool:
+        return len(request.output_token_ids) < request.params.min_tokens
+
+    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Tokens of rows that need more than the maximum: int64 [n]. `logits` is a copy and changed."""
+        self._penalize(logits, requests)
+        self._mask_ends(logits, requests)
+        sampled = [row for row, request in enumerate(requests) if not request.params.greedy]
+        if len(sampled) == len(requests):
+            return _draw(logits, requests)
+        tokens = logits.argmax(-1)
+        if sampled:
+            drawn = _draw(_rows(logits, sampled), [requests[row] for row in sampled])
+            tokens.index_copy_(0, _tensor(sampled, torch.int64, logits.device), drawn)
+        return tokens
+
+    def _penalize(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        rows = [row for row, request in enumerate(requests) if _is_penalized(request)]
+        if not rows:
+            return
+        counts = [_update_counts(requests[row]) for row in rows]
+        sizes = [len(count.ids) for count in counts]
+
+        def each(values: Sequence[float]) -> Tensor:
+            """A parameter per row, repeated for each token that the row has seen."""
+            return _upload(np.repeat(np.asarray(values, np.float32), sizes), logits.device)
+
+        params = [requests[row].params for row in rows]
+        where = _upload(np.repeat(np.asarray(rows, np.int64), sizes), logits.device)
+        ids = _upload(np.concatenate([count.ids for count in counts]), logits.device)
+        said = _upload(np.concatenate([count.said for count in counts]).astype(np.float32), logits.device)
+        seen = logits[where, ids]
+        repetition = each([p.repetition_penalty for p in params])
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        seen -= said * each([p.frequency_penalty for p in params])
+        seen -= (said > 0) * each([p.presence_penalty for p in params])
+        # The smallest repetition penalties overflow.
+        logits[where, ids] = seen.clamp_(torch.finfo(seen.dtype).min, torch.finfo(seen.dtype).max)
+
+    def _mask_ends(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        pairs = [
+            (row, token)
+            for row, request in enumerate(requests)
+            if self._must_go_on(request)
+            for token in {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self._eos_token_ids)}
+            if token < logits.shape[-1]  # others cannot be drawn
+        ]
+        if pairs:
+            where, ids = zip(*pairs, strict=True)
+            device = logits.device
+            logits[_tensor(where, torch.int64, device), _tensor(ids, torch.int64, device)] = -torch.inf
+
+    def _with_logprobs(
+        self, logits: Tensor, tokens: Tensor, requests: Sequence[Request], rows: list[int]
+    ) -> list[SampledToken | None]:
+        wanted = [requests[row].params.logprobs or 0 for row in rows]
+        num_top = min(max(wanted), logits.shape[-1])
+        raw = _rows(logits, rows).log_softmax(-1)
+        chosen = tokens[_tensor(rows, torch.int64, logits.device)].clamp(min=0)
+        top_logprobs, top_ids = raw.topk(num_top, -1)
+        # One copy to the host: token ids as int32, log probabilities as the bits of float32.
+        packed = torch.cat(
+            [
+                tokens.int(),
+                raw.gather(-1, chosen.unsqueeze(-1)).view(torch.int32).flatten(),
+                top_ids.int().flatten(),
+                top_logprobs.contiguous().view(torch.int32).flatten(),
+            ]
+        ).cpu()
+        sizes = [len(tokens), len(rows), len(rows) * num_top, len(rows) * num_top]
+        token_ids, chosen_bits, ids, bits = packed.split(sizes)
+        token_list = token_ids.tolist()
+        results = [_sampled(token, None) for token in token_list]
+        columns = zip(
+            rows,
+            wanted,
+            chosen_bits.view(torch.float32).tolist(),
+            ids.view(len(rows), num_top).tolist(),
+            bits.view(torch.float32).view(len(rows), num_top).tolist(),
+            strict=True,
+        )
+        for row, num_wanted, logprob, alternatives, logprobs in columns:
+            top = tuple(zip(alternatives[:num_wanted], logprobs[:num_wanted], strict=True))
+            results[row] = _sampled(token_list[row], TokenLogprob(token_list[row], logprob, top))
+        return results
+
+
+def _is_penalized(request: Request) -> bool:
+    params = request.params
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _update_counts(request: Request) -> TokenCounts:
+    if request.token_counts is None:
+        request.token_counts = TokenCounts(request.prompt_token_ids)
+    request.token_counts.update(request.output_token_ids)
+    return request.token_counts
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Draw from each row's distribution: int64 [n]."""
+    device, vocab = logits.device, logits.shape[-1]
+    params = [request.params for request in requests]
+    inverse = [min(1.0 / p.temperature, _MOST_INVERSE_TEMPERATURE) for p in params]
+    scaled = scale(logits, _tensor(inverse, torch.float32, device))
+    # min_p is a share of the largest probability, which is exp(0) here.
+    threshold = _tensor([p.min_p for p in params], torch.float32, device).log_()
+    by_top_k = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
+    if by_top_k:
+        top_k = [params[row].top_k for row in by_top_k]
+        largest = _rows(scaled, by_top_k).topk(max(top_k), -1).values
+        _raise(threshold, by_top_k, largest, top_k, [params[row].top_p for row in by_top_k])
+    by_top_p = [row for row, p in enumerate(params) if not 0 < p.top_k < vocab and p.top_p < 1.0]
+    if by_top_p:
+        largest = sort_descending(_rows(scaled, by_top_p))
+        _raise(threshold, by_top_p, largest, [vocab] * len(by_top_p), [params[row].top_p for row in by_top_p])
+    numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
+    return draw(scaled, threshold, _tensor(numbers, torch.float64, device))
+
+
+def _raise(threshold: Tensor, rows: list[int], descending: Tensor, top_k: list[int], top_p: list[float]) -> None:
+    """Raise the thresholds of `rows` to what top-k and top-p ask for."""
+    device = threshold.device
+    at = _tensor(rows, torch.int64, device)
+    nucleus = nucleus_threshold(descending, _tensor(top_k, torch.int64, device), _tensor(top_p, torch.float32, device))
+    threshold[at] = torch.maximum(threshold[at], nucleus)
+
+
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """A copy of some rows."""
+    return tensor.index_select(0, _tensor(rows, torch.int64, tensor.device))
+
+
+def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _to_device(torch.tensor(values, dtype=dtype), device)
+
+
+def _upload(array: np.typing.NDArray[np.generic], device: torch.device) -> Tensor:
+    return _to_device(torch.from_numpy(array), device)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the copy would wait for the device.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _sampled(token: int, logprob: TokenLogprob | None) -> SampledToken | None:
+    return None if token == _NOT_FINITE else SampledToken(token, logprob)

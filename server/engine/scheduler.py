@@ -1,0 +1,311 @@
+"""Which tokens of which requests run in the next step. Imports no torch; used by the engine on the step thread.
+
+A step has a budget of tokens. Decodes come first (one token each), then prompts that are under way, then the waiting: a
+prompt longer than what is left is computed in chunks over several steps. The order among requests is always their age.
+
+A request is admitted when its adapter has a slot and the KV cache has blocks for all its tokens. Waiting for an adapter
+holds nobody else up (within the bound of `waiting.py`); waiting for blocks does, or a large prompt would never get in.
+When a decode needs a block and there is none, the youngest running request is preempted: it gives back blocks and slot,
+keeps its output and its adapter version, and is computed again (mostly from the prefix cache) when there is room.
+
+Nobody starves. Take the oldest request B that has not ended, and let running requests be bounded by max_tokens.
+1. B running is never preempted, except alone, and alone it fits (`check_fits`). It gets a token or a chunk each step,
+   since the budget covers one token for every running request.
+2. B waiting with its adapter active is the first one admitted when blocks and a place among the running come free.
+   Running requests end, and nobody is admitted before B, so they do.
+3. B waiting for its adapter is the oldest parked request, and after 2 x bound no request with an adapter is admitted
+   but B's. Those that run end, the reserved slot (below) is given back, nothing but B's adapter is asked for: by the
+   promise of `AdapterPort` it comes.
+When B ends, the next oldest is B. Ages never change, and only finitely many requests are older than any given one.
+
+The one request that has its adapter but waits for blocks keeps the activation (`_reserved`), so that its adapter cannot
+be evicted again meanwhile. There is never more than one, and a hold ends it.
+"""
+
+import bisect
+import itertools
+import operator
+from dataclasses import dataclass, field
+
+from ...adapters.errors import ServingError
+from ..errors import PromptTooLongError
+from .adapter_port import AdapterPort
+from .block_manager import BlockManager, IntegrityError
+from .request import NO_SLOT, Phase, Request
+from .waiting import Lane, WaitingLanes
+
+_by_order = operator.attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Tokens [start, start + num_tokens) of a request; `samples` when its last known token is among them."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """What runs in one forward pass: sorted by slot (base first), by age within a slot."""
+
+    requests: list[ScheduledRequest]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the flat batch."""
+        return sum(item.num_tokens for item in self.requests)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step, and what happened to requests while it was made.
+
+    Attributes:
+        step: may be empty.
+        admitted: requests that run for the first time.
+        preempted: requests that went back to waiting.
+        failed: requests whose adapter cannot be served any more; the scheduler has forgotten them.
+    """
+
+    step: ScheduledStep
+    admitted: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    failed: list[tuple[Request, ServingError]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Continuous batching over paged KV and device slots.
+
+    Args:
+        blocks: the KV blocks, all of them the scheduler's.
+        adapters: activates versions.
+        max_running: requests in a step at most, at least 1.
+        token_budget: tokens in a step at most, at least max_running.
+        starvation_bound_s: seconds a request may be blocked by its adapter before younger ones are held back.
+        watermark: share of the blocks to leave for the growth of running requests when another one is admitted.
+        max_adapter_tries: vain `try_activate` calls per step.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        adapters: AdapterPort,
+        *,
+        max_running: int,
+        token_budget: int,
+        starvation_bound_s: float = 2.0,
+        watermark: float = 0.01,
+        max_adapter_tries: int = 32,
+    ) -> None:
+        if not 1 <= max_running <= token_budget:
+            raise ValueError(f"max_running ({max_running}) must be 1 to token_budget ({token_budget})")
+        self.blocks = blocks
+        self.running: list[Request] = []  # oldest first
+        self._adapters = adapters
+        self._waiting = WaitingLanes(starvation_bound_s, max_adapter_tries)
+        self._max_running = max_running
+        self._token_budget = token_budget
+        self._spare = round(watermark * blocks.num_blocks)
+        self._reserved: Request | None = None
+        self._orders = itertools.count()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt plus output of a request at most; the KV of the last token is never needed."""
+        return self.blocks.capacity + 1
+
+    @property
+    def wants_another_pass(self) -> bool:
+        """Whether an empty plan does not yet mean that nothing can run: `schedule` has more to look at."""
+        return self._waiting.wants_another_pass
+
+    def check_fits(self, request: Request) -> None:
+        """Refuse what could never run. May be called on any thread.
+
+        Raises:
+            PromptTooLongError: the prompt and one token more exceed the KV cache.
+        """
+        length = len(request.prompt_token_ids)
+        if length >= self.max_tokens:
+            raise PromptTooLongError(
+                f"The prompt has {length} tokens; the KV cache of this server holds {self.blocks.capacity}.",
+                {"prompt_tokens": str(length), "max_prompt_tokens": str(self.blocks.capacity)},
+            )
+
+    def add(self, request: Request) -> None:
+        """Put a new request last."""
+        request.order = next(self._orders)
+        self._waiting.push(request)
+
+    def adapter_ready(self) -> None:
+        """Some adapter became resident (`AdapterPort.on_ready`)."""
+        self._waiting.adapter_ready()
+
+    def schedule(self, now: float) -> Plan:
+        """Plan the next step at `time.monotonic()` second `now`. Running it is not recorded until `complete`."""
+        plan = Plan(ScheduledStep([]))
+        items = self._decodes(plan)
+        budget = self._token_budget - len(items)
+        for request in self.running:
+            if budget and not _is_decode(request):
+                items.append(_chunk(request, budget))
+                budget -= items[-1].num_tokens
+        # Who was just preempted would be the first to take the blocks again.
+        if not plan.preempted:
+            self._admit(now, budget, items, plan)
+        plan.step.requests.extend(sorted(items, key=lambda item: (item.request.slot, item.request.order)))
+        return plan
+
+    def complete(self, step: ScheduledStep) -> None:
+        """Record that the step has run: its KV is in the cache. To be called before sampled tokens are appended."""
+        for item in step.requests:
+            item.request.num_computed_tokens = item.start + item.num_tokens
+            self.blocks.commit(item.request)
+
+    def remove(self, request: Request) -> None:
+        """Take back everything a request that has ended holds. Nothing happens the second time."""
+        if request.phase is Phase.RUNNING:
+            del self.running[bisect.bisect_left(self.running, request.order, key=_by_order)]
+            self._give_back(request)
+        elif request.phase is Phase.WAITING:
+            self._waiting.remove(request)
+            self._give_back(request)
+        request.phase = Phase.FINISHED
+
+    def count_waiting_by_adapter(self) -> dict[str, int]:
+        """Waiting requests by adapter id ("" is the base)."""
+        return self._waiting.count_by_adapter()
+
+    def check_integrity(self) -> None:
+        """Verify every invariant of blocks, lanes and running requests; O(all of them).
+
+        Raises:
+            IntegrityError: names what is wrong.
+        """
+        self.blocks.check_integrity()
+        self._waiting.check_integrity()
+        orders = [request.order for request in self.running]
+        if orders != sorted(set(orders)) or len(orders) > self._max_running:
+            raise IntegrityError(f"running: {orders}, at most {self._max_running}")
+        for request in self.running:
+            if request.phase is not Phase.RUNNING:
+                raise IntegrityError(f"{request.request_id} runs and is {request.phase}")
+            if (request.slot == NO_SLOT) != (request.adapter is None):
+                raise IntegrityError(f"{request.request_id} of {request.adapter} runs in slot {request.slot}")
+            if not request.num_computed_tokens < request.num_tokens:
+                raise IntegrityError(f"{request.request_id} runs with nothing left to compute")
+        if self.blocks.stats().used != len({block for request in self.running for block in request.block_table}):
+            raise IntegrityError("blocks are in use that no running request holds")
+
+    def _decodes(self, plan: Plan) -> list[ScheduledRequest]:
+        items: list[ScheduledRequest] = []
+        position = 0
+        while position < len(self.running):
+            request = self.running[position]
+            position += 1
+            if not _is_decode(request):
+                continue
+            while not self.blocks.grow(request, request.num_tokens):
+                victim = self.running.pop()  # never one of `items`: those are older
+                self._preempt(victim)
+                plan.preempted.append(victim)
+                if victim is request:
+                    break
+            else:
+                items.append(_chunk(request, 1))
+        return items
+
+    def _preempt(self, request: Request) -> None:
+        self._give_back(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.phase = Phase.WAITING
+        self._waiting.push(request)
+
+    def _give_back(self, request: Request) -> None:
+        """Free the request's blocks and its activation, as far as it has any."""
+        self.blocks.free(request)
+        if request.slot != NO_SLOT:
+            assert request.adapter is not None
+            request.slot = NO_SLOT
+            self._adapters.deactivate(request.adapter)
+            self._waiting.deactivated(request.adapter)
+        if request is self._reserved:
+            self._reserved = None
+
+    def _admit(self, now: float, budget: int, items: list[ScheduledRequest], plan: Plan) -> None:
+        if not len(self._waiting):
+            return
+        self._waiting.begin(now)
+        while budget and len(self.running) < self._max_running:
+            lane = self._waiting.next()
+            if lane is None:
+                self._reserve(None)  # a reserved request that nobody visited is held back
+                return
+            request = lane.head
+            try:
+                if not self._activate(lane, now):
+                    continue
+            except ServingError as error:
+                for failed in list(lane.requests):
+                    self.remove(failed)
+                    plan.failed.append((failed, error))
+                continue
+            num_cached = self.blocks.allocate(request, spare=self._spare if self.running else 0)
+            if num_cached is None:
+                self._reserve(request)
+                return
+            self._start(request, num_cached, now, plan)
+            self._waiting.again(lane)
+            items.append(_chunk(request, budget))
+            budget -= items[-1].num_tokens
+
+    def _activate(self, lane: Lane, now: float) -> bool:
+        """Make sure that the lane's head has a slot if it needs one; False if its adapter is not there."""
+        request = lane.head
+        if lane.version is None or request.slot != NO_SLOT:
+            return True
+        slot = self._adapters.try_activate(lane.version)
+        if slot is None:
+            self._waiting.park(lane, now)
+            return False
+        request.slot = slot
+        self._waiting.activated(lane.version)
+        return True
+
+    def _reserve(self, request: Request | None) -> None:
+        """Let `request`, and no other one, keep its slot while it waits for blocks."""
+        if self._reserved is not None and self._reserved is not request:
+            self._give_back(self._reserved)
+        self._reserved = request if request is not None and request.slot != NO_SLOT else None
+
+    def _start(self, request: Request, num_cached: int, now: float, plan: Plan) -> None:
+        self._waiting.remove(request)
+        if request is self._reserved:
+            self._reserved = None
+        request.phase = Phase.RUNNING
+        request.num_computed_tokens = num_cached
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.num_cached_tokens = num_cached
+            plan.admitted.append(request)
+        bisect.insort(self.running, request, key=_by_order)
+
+
+def _is_decode(request: Request) -> bool:
+    return request.num_computed_tokens == request.num_tokens - 1
+
+
+def _chunk(request: Request, budget: int) -> ScheduledRequest:
+    """As many of the request's uncomputed tokens as fit."""
+    start = request.num_computed_tokens
+    num_tokens = min(budget, request.num_tokens - start)
+    return ScheduledRequest(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)

@@ -1,0 +1,74 @@
+"""A whole server but for gRPC, in this process: the parts exactly as `lorikeet serve` assembles them."""
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lorikeet.server.app import App, assemble
+from lorikeet.server.base.loader import load_base
+from lorikeet.server.config import ServerConfig
+from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
+from lorikeet.server.engine.sampling_params import SamplingParams
+from lorikeet.server.resolve import Compute
+
+
+@contextmanager
+def serving(model: Path, adapters: Path | None = None, **settings: Any) -> Iterator[App]:
+    """Assemble and start on the CPU in fp32."""
+    roots = () if adapters is None else (adapters,)
+    config = ServerConfig(
+        model=str(model), adapters=roots, **({"kv_cache_bytes": "8MiB", "adapter_device_bytes": "16MiB"} | settings)
+    )
+    compute = Compute(torch.device("cpu"), torch.float32, 1)
+    base = load_base(str(model), device=compute.device, compute_dtype=compute.dtype, progress=False)
+    app = assemble(config, compute, base)
+    app.manager.start()
+    app.engine.start()
+    try:
+        yield app
+    finally:
+        app.engine.stop()
+        app.manager.close()
+
+
+@dataclass
+class Answer:
+    """What came back for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: Finished | None = None
+    failed: Failed | None = None
+
+
+class Call:
+    """One submitted request."""
+
+    def __init__(self, app: App, name: str, adapter: str, prompt: Sequence[int], params: SamplingParams) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        version = app.manager.resolve(adapter) if adapter else None
+        self.request = Request(name, list(prompt), params, version, self._events.put)
+        app.engine.submit(self.request)
+
+    def result(self, timeout_s: float = 120.0) -> Answer:
+        """Wait for the terminal event."""
+        answer = Answer()
+        while answer.finished is None and answer.failed is None:
+            match self._events.get(timeout=timeout_s):
+                case Delta(text=text, token_ids=token_ids):
+                    answer.text += text
+                    answer.token_ids += token_ids
+                case Finished() as end:
+                    answer.finished = end
+                case Failed() as end:
+                    answer.failed = end
+        return answer
+
+
+def greedy_params(max_tokens: int) -> SamplingParams:
+    """Greedy, to the full length."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
