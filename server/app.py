@@ -1,0 +1,161 @@
+"""Puts a server together: settings, base model, adapters, engine. What happens while it runs is in lifecycle.py."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+import torch
+from prometheus_client import CollectorRegistry
+
+from ..adapters.layers import LoraBatch, LoraLinear
+from ..adapters.manager import AdapterManager
+from ..adapters.watcher import AdapterWatcher
+from .addresses import require_free
+from .base.demo import BASE_NAME, prepare_demo_base
+from .base.loader import load_base
+from .base.model import BaseModel
+from .base.selfcheck import check_unproven_family
+from .config import ServerConfig
+from .engine.block_manager import BlockManager
+from .engine.detokenizer import DetokenizerFactory
+from .engine.engine import Engine
+from .engine.runner import Runner
+from .engine.sampler import Sampler
+from .engine.scheduler import Scheduler
+from .errors import ConfigError
+from .lifecycle import Ready, serve_until_stopped
+from .metrics import ServerMetrics
+from .metrics_state import StateCollector
+from .resolve import Compute, resolve_compute, resolve_context, resolve_kv_blocks
+
+log = structlog.stdlib.get_logger(__name__)
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """The parts of one server.
+
+    Attributes:
+        watcher: of the adapter directories; None if there is none.
+        max_context: most tokens of prompt plus output.
+        registry: all metrics of this server.
+    """
+
+    config: ServerConfig
+    base: BaseModel
+    manager: AdapterManager
+    watcher: AdapterWatcher | None
+    engine: Engine
+    max_context: int
+    metrics: ServerMetrics
+    registry: CollectorRegistry
+
+
+def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
+    """Load and serve until SIGTERM, SIGINT or the engine's death.
+
+    Args:
+        config: checked settings.
+        announce: called once, when calls are answered.
+
+    Returns:
+        The exit status: 0 after an orderly end, 1 after the engine's death or a second signal.
+
+    Raises:
+        ConfigError, BaseModelError: something that the operator can mend.
+    """
+    check_surroundings(config)
+    compute = resolve_compute(config)
+    torch.set_num_threads(compute.threads)
+    demo = config.model == DEMO
+    base = load_base(
+        str(prepare_demo_base(config.cache_dir)) if demo else config.model,
+        device=compute.device,
+        compute_dtype=compute.dtype,
+        cache_dir=config.cache_dir,
+        name=BASE_NAME if demo else "",
+    )
+    check_unproven_family(base)
+    app = assemble(config, compute, base)
+    return asyncio.run(serve_until_stopped(app, announce))
+
+
+def check_surroundings(config: ServerConfig) -> None:
+    """Fail before the model is loaded if something about this machine is not as the settings say.
+
+    Raises:
+        ConfigError: an adapter directory is missing or an address is taken.
+    """
+    for directory in config.adapters:
+        if not directory.is_dir():
+            raise ConfigError(f"--adapters names {directory}, which is not a directory.")
+    require_free("gRPC", config.host, config.port, "--")
+    if config.metrics:
+        require_free("/metrics", config.metrics_host, config.metrics_port, "--metrics-")
+
+
+def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
+    """Connect the parts; nothing runs yet."""
+    registry = CollectorRegistry()
+    metrics = ServerMetrics(registry, config.metrics_max_adapters)
+    max_context = resolve_context(config, base.max_context)
+
+    manager = AdapterManager(
+        base.site_table,
+        base.fingerprint,
+        dtype=compute.dtype,
+        device=compute.device,
+        device_budget_bytes=config.adapter_device_bytes,
+        host_budget_bytes=config.adapter_host_bytes,
+        roots=config.adapters,
+        max_slots=config.adapter_slots,
+        drain_deadline_s=config.adapter_drain_timeout_s,
+        observer=metrics,
+    )
+    lora = LoraBatch(manager.store, max_tokens=config.step_tokens, max_segments=config.max_running)
+    base.wrap_sites(lambda linear, site: LoraLinear(linear, site, lora))
+
+    num_blocks = resolve_kv_blocks(config, compute.device, base.kv_block_bytes(config.block_size))
+    runner = Runner(
+        base,
+        lora,
+        base.new_kv_cache(num_blocks, config.block_size),
+        max_tokens=config.step_tokens,
+        max_requests=config.max_running,
+        max_blocks=-(-max_context // config.block_size),
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, config.block_size),
+        manager,
+        max_running=config.max_running,
+        token_budget=config.step_tokens,
+    )
+    engine = Engine(
+        runner,
+        scheduler,
+        Sampler(sorted(base.eos_token_ids)),
+        DetokenizerFactory(base.tokenizer),
+        manager,
+        metrics,
+        eos_token_ids=base.eos_token_ids,
+        max_context=max_context,
+        max_waiting=config.max_waiting,
+    )
+    manager.on_version_dropped = engine.on_version_dropped
+    registry.register(StateCollector(engine.stats, manager.snapshot, config.adapter_slots))
+    log.info(
+        "settings",
+        **config.model_dump(mode="json", exclude={"config"}),
+        resolved={
+            "device": str(compute.device),
+            "compute_dtype": str(compute.dtype).removeprefix("torch."),
+            "threads": compute.threads,
+            "max_context": max_context,
+            "kv_blocks": num_blocks,
+        },
+    )
+    watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
+    return App(config, base, manager, watcher, engine, max_context, metrics, registry)

@@ -1,0 +1,135 @@
+"""The command `lorikeet`. Parses, dispatches and turns errors into one line and an exit status.
+
+Nothing heavy is imported here: a client command starts in a fraction of a second, and only `serve` pays for torch.
+Exit status: 0 done; 1 a call failed or something unexpected happened (with a traceback); 2 the command line, the
+configuration or the model is at fault; 130 interrupted.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from .addresses import DEFAULT_ADDRESS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        arguments: the command line without the program's name; None takes sys.argv.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["serve"]:
+            from .cli_serve import serve
+
+            return serve(arguments[1:])
+        options = build_parser().parse_args(arguments)
+        return _run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`lorikeet generate ... | head`); a flush at exit would fail again.
+        sys.stdout = None
+        return 1
+    except Exception as error:
+        return _report(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command but `serve`, whose flags are the settings of config.py."""
+    parser = argparse.ArgumentParser(
+        prog="lorikeet", description="One NF4 base model, many unmerged LoRA adapters, one gRPC server."
+    )
+    parser.add_argument("--version", action="version", version=f"lorikeet {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("serve", help="run a server (`lorikeet serve --help` lists its settings)")
+
+    client = argparse.ArgumentParser(add_help=False)
+    client.add_argument("--address", default=DEFAULT_ADDRESS, help="server, as host:port [%(default)s]")
+    client.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long [never]")
+
+    _add_generate(commands.add_parser("generate", parents=[client], help="continue a prompt"))
+    _add_adapters(commands.add_parser("adapters", help="list, load, unload and look at adapters"), client)
+    health = commands.add_parser("health", parents=[client], help="say whether a server is serving (exit status 0)")
+    health.add_argument("--service", default="", help="full name of one gRPC service [the server as a whole]")
+    demo = commands.add_parser("prepare-demo", help="fetch and prepare the embedded demo base")
+    demo.add_argument("--cache-dir", type=Path, metavar="DIR", help="where models are kept [~/.cache/lorikeet]")
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", help="text to continue; `-` or nothing reads standard input")
+    add("--adapter", default="", metavar="ID", help="adapter that answers [the base]")
+    add("--max-tokens", type=int, metavar="N", help="tokens to generate at most [as the context allows, up to 256]")
+    add("--chat", action="store_true", help="the prompt is a user's message, answered through the chat template")
+    add("--system", metavar="TEXT", help="system message before the user's; implies --chat")
+    add("--json", action="store_true", help="print the whole response as JSON at the end instead of streaming text")
+    add("--stats", action="store_true", help="print version, token counts and speed to standard error at the end")
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--temperature", type=float, metavar="T", help="0 to 100; 0 is greedy [1]")
+    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 is off [0]")
+    add("--top-p", type=float, metavar="P", help="nucleus mass, above 0 to 1 [1]")
+    add("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one, 0 to 1 [0]")
+    add("--repetition-penalty", type=float, metavar="X", help="above 0 to 100; 1 is off [1]")
+    add("--presence-penalty", type=float, metavar="X", help="-2 to 2 [0]")
+    add("--frequency-penalty", type=float, metavar="X", help="-2 to 2 [0]")
+    add("--seed", type=int, metavar="N", help="makes a sampled output repeatable")
+    stopping = parser.add_argument_group("stopping")
+    add = stopping.add_argument
+    add("--stop", action="append", metavar="TEXT", help="end the output before this text; may be given more than once")
+    add("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the output at these tokens")
+    add("--include-stop", action="store_true", default=None, help="keep the stop text in the output")
+    add("--ignore-eos", action="store_true", default=None, help="go on past the model's end of sequence")
+    add("--min-tokens", type=int, metavar="N", help="no end before this many tokens [0]")
+
+
+def _add_adapters(parser: argparse.ArgumentParser, client: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="adapters_command", metavar="COMMAND", required=True)
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("list", parents=[client, as_json], help="list all adapters")
+    get = commands.add_parser("get", parents=[client, as_json], help="describe one adapter")
+    get.add_argument("adapter", metavar="ID")
+    load = commands.add_parser("load", parents=[client, as_json], help="load, or load again, from the server's disk")
+    load.add_argument("adapter", metavar="ID")
+    load.add_argument(
+        "--path", default="", help="folder inside one of the server's --adapters directories [the one named ID]"
+    )
+    unload = commands.add_parser("unload", parents=[client], help="make an adapter unknown to later requests")
+    unload.add_argument("adapter", metavar="ID")
+    inspect = commands.add_parser("inspect", help="check an adapter folder on this machine; needs no server")
+    inspect.add_argument("directory", type=Path, metavar="DIR")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "prepare-demo":
+        from .cli_serve import prepare_demo
+
+        return prepare_demo(options.cache_dir)
+    if options.command == "adapters" and options.adapters_command == "inspect":
+        from .cli_inspect import inspect
+
+        return inspect(options.directory)
+    from . import cli_client
+
+    return cli_client.run(options)
+
+
+def _report(error: Exception) -> int:
+    """One line for what a person can mend, a traceback for what only we can."""
+    from ..adapters.errors import ServingError
+
+    if isinstance(error, ServingError):
+        sys.stderr.write(f"lorikeet: {error.message}\n")
+        return 2
+    traceback.print_exception(error)
+    return 1

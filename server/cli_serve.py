@@ -1,0 +1,71 @@
+"""`lorikeet serve` and `lorikeet prepare-demo`: the commands that load a model."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .addresses import DEFAULT_ADDRESS
+from .config import default_cache_dir
+from .config_loading import load_config
+from .logs import configure_logs
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until stopped.
+
+    Args:
+        arguments: the settings given as flags.
+
+    Returns:
+        The exit status.
+    """
+    config = load_config(arguments)
+    configure_logs(config.log_level, config.log_format)
+    # Imports torch and transformers; a wrong flag has been reported by now.
+    from .app import run_server
+    from .lifecycle import Ready
+
+    def announce(ready: Ready) -> None:
+        metrics = f"metrics {ready.metrics_url}" if ready.metrics_url else "metrics off"
+        count = len(ready.adapter_ids)
+        sys.stdout.write(
+            f"lorikeet ready: grpc {ready.address}, {metrics}, device {ready.device} ({ready.compute_dtype}), "
+            f"NF4 weights {ready.nf4_bytes / 2**20:.1f} MiB, {count} adapter{'' if count == 1 else 's'}\n"
+            f"try: {client_command(ready.address, ready.adapter_ids)}\n"
+        )
+        sys.stdout.flush()
+
+    return run_server(config, announce)
+
+
+def client_command(address: str, adapter_ids: Sequence[str]) -> str:
+    """A command that works when pasted into another terminal in the same directory."""
+    program = Path(sys.argv[0])
+    found = shutil.which("lorikeet")
+    if found is not None and program.exists() and os.path.samefile(found, program):
+        command = "lorikeet"
+    else:
+        # Not on the PATH, such as in a virtual environment that the other terminal has not activated.
+        inside = program.is_absolute() and program.is_relative_to(Path.cwd())
+        command = str(program.relative_to(Path.cwd()) if inside else program)
+    parts = [command, "generate"]
+    if address != DEFAULT_ADDRESS:
+        parts += ["--address", address]
+    if adapter_ids:
+        parts += ["--adapter", "kjv" if "kjv" in adapter_ids else adapter_ids[0]]
+    return " ".join([*parts, "--max-tokens", "64", '"In the beginning"'])
+
+
+def prepare_demo(cache_dir: Path | None) -> int:
+    """Fetch and prepare the demo base, and print where it is.
+
+    Returns:
+        The exit status.
+    """
+    configure_logs("info", "auto")
+    from .base.demo import prepare_demo_base
+
+    sys.stdout.write(f"{prepare_demo_base(cache_dir or default_cache_dir())}\n")
+    return 0

@@ -1,0 +1,168 @@
+"""The one settings model of `lorikeet serve`: flags, `LORIKEET_...` environment variables and a TOML file.
+
+A flag wins over an environment variable, which wins over the file, which wins over the default. A key that does not
+exist is an error in all three (config_loading.py). Values of "auto" are resolved in resolve.py and logged at start.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from .addresses import DEFAULT_HOST, DEFAULT_METRICS_PORT, DEFAULT_PORT
+
+ENV_PREFIX = "LORIKEET_"
+CONFIG_ENV = "LORIKEET_CONFIG"
+
+MIB = 2**20
+GIB = 2**30
+
+
+def _field(group: str, default: Any, description: str, **constraints: Any) -> Any:
+    """A setting; `group` is its heading in `--help`."""
+    return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lorikeet`, or `~/.cache/lorikeet`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorikeet"
+
+
+class ServerConfig(BaseSettings):
+    """Everything that can be set about a server."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str = _field(
+        "Model",
+        "demo",
+        "Base model: a Hugging Face directory or hub id, in 16 bit or already in bitsandbytes 4 bit; `demo` is the "
+        "embedded SmolLM2-135M-Instruct.",
+    )
+    device: str = _field(
+        "Model",
+        "auto",
+        "Where the model runs: auto, cpu, cuda or cuda:N. auto takes CUDA when there is one.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = _field(
+        "Model",
+        "auto",
+        "Type that the NF4 weights are multiplied in: auto, bfloat16 or float32. auto is bfloat16 on CUDA and on CPUs "
+        "with AVX512-BF16, else float32.",
+    )
+    max_context: int | None = _field(
+        "Model", None, "Most tokens of prompt plus output, 1 or more; unset: what the model was trained for.", ge=1
+    )
+    threads: int = _field("Model", 0, "CPU threads of the model, 0 to 1024; 0: one for each core.", ge=0, le=1024)
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir,
+        description="Where the prepared demo model is kept.",
+        json_schema_extra={"group": "Model", "default_text": "~/.cache/lorikeet"},
+    )
+
+    adapters: Annotated[tuple[Path, ...], NoDecode] = _field(
+        "Adapters",
+        (),
+        "Directory whose subfolders are adapters; watched while the server runs. May be given more than once "
+        f"(separated by `{os.pathsep}` in the environment, an array in the file).",
+    )
+    adapter_device_bytes: ByteSize = _field(
+        "Adapters", ByteSize(256 * MIB), "Device memory for adapters, in bytes or as 256MiB, 2GiB.", gt=0
+    )
+    adapter_host_bytes: ByteSize = _field(
+        "Adapters", ByteSize(GIB), "Host memory for adapters, in bytes or as 256MiB, 2GiB.", gt=0
+    )
+    adapter_slots: int = _field(
+        "Adapters",
+        1024,
+        "Most adapters on the device at a time, 1 to 65536; a slot costs only table entries.",
+        ge=1,
+        le=65536,
+    )
+    adapter_drain_timeout_s: float = _field(
+        "Adapters",
+        300.0,
+        "Seconds that requests may go on with an adapter version after it was unloaded or replaced, 0 or more.",
+        ge=0,
+        allow_inf_nan=False,
+    )
+
+    kv_cache_bytes: Literal["auto"] | ByteSize = _field(
+        "Engine",
+        "auto",
+        "KV cache, in bytes or as 512MiB, 2GiB. auto is 80 % of the device memory left beside the weights and adapters "
+        "on CUDA, 512MiB on CPU.",
+    )
+    block_size: int = _field("Engine", 16, "Tokens in a KV block, 1 to 256.", ge=1, le=256)
+    step_tokens: int = _field(
+        "Engine", 512, "Most tokens, of prompts and outputs together, in one forward pass, 1 to 65536.", ge=1, le=65536
+    )
+    max_running: int = _field("Engine", 128, "Most requests in one forward pass, 1 to 4096.", ge=1, le=4096)
+    max_waiting: int = _field(
+        "Engine", 1024, "Most requests waiting; one more gets RESOURCE_EXHAUSTED. 1 to 1000000.", ge=1, le=1_000_000
+    )
+
+    host: str = _field("Network", DEFAULT_HOST, "Address that gRPC listens on.", min_length=1)
+    port: int = _field(
+        "Network", DEFAULT_PORT, "Port that gRPC listens on, 0 to 65535; 0: any free one.", ge=0, le=65535
+    )
+    max_message_bytes: ByteSize = _field(
+        "Network", ByteSize(4 * MIB), "Largest gRPC message taken, in bytes or as 4MiB, up to 1GiB.", gt=0, le=GIB
+    )
+    drain_timeout_s: float = _field(
+        "Network", 30.0, "Seconds that requests may go on after SIGTERM, 0 or more.", ge=0, allow_inf_nan=False
+    )
+    metrics: bool = _field("Network", True, "Whether Prometheus metrics are served.")
+    metrics_host: str = _field("Network", DEFAULT_HOST, "Address that /metrics listens on.", min_length=1)
+    metrics_port: int = _field(
+        "Network", DEFAULT_METRICS_PORT, "Port that /metrics listens on, 0 to 65535; 0: any free one.", ge=0, le=65535
+    )
+    metrics_max_adapters: int = _field(
+        "Network", 100, "Adapters with a metrics label of their own, 0 or more; later ones count as `other`.", ge=0
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = _field(
+        "Logs", "info", "Least serious messages logged: debug, info, warning or error."
+    )
+    log_format: Literal["auto", "json", "console"] = _field(
+        "Logs", "auto", "json, console, or auto: console on a terminal, else json."
+    )
+
+    config: Path | None = _field("Logs", None, f"TOML file with any of these settings; also ${CONFIG_ENV}.")
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_paths(cls, value: object) -> object:
+        return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        if self.step_tokens < self.max_running:
+            raise ValueError(
+                f"step_tokens ({self.step_tokens}) is below max_running ({self.max_running}); every running request "
+                "needs room for a token in a step."
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the file that one of these names."""
+        path = init_settings().get("config") or env_settings().get("config")
+        file = () if path is None else (TomlConfigSettingsSource(settings_cls, toml_file=Path(path)),)
+        return init_settings, env_settings, *file

@@ -1,0 +1,98 @@
+"""ServingError to gRPC status and back: the code, the message and the google.rpc details that clients can act on."""
+
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+
+from ..adapters.errors import ServingError
+
+DOMAIN = "lorikeet"
+DETAILS_KEY = "grpc-status-details-bin"
+
+# Trailing metadata above 8 KiB is refused by gRPC's clients, and the message travels twice in it.
+MAX_MESSAGE_LENGTH = 2000
+MAX_METADATA_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStatus:
+    """What an RPC that failed ends with."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, bytes], ...]
+
+
+def error_status(error: ServingError, request_id: str) -> ErrorStatus:
+    """The status of an error: ErrorInfo always, BadRequest where `metadata["field"]` blames a field, RequestInfo.
+
+    Args:
+        error: its message is written for the client; see adapters/errors.py.
+        request_id: goes into RequestInfo, so that a client can quote it.
+    """
+    code = grpc.StatusCode[error.code.value]
+    message = _shorten(error.message, MAX_MESSAGE_LENGTH)
+    status = Status(code=code.value[0], message=message)
+    metadata = {key: _shorten(value, MAX_METADATA_LENGTH) for key, value in error.metadata.items()}
+    status.details.add().Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    if "field" in metadata:
+        violation = BadRequest.FieldViolation(
+            field=metadata["field"], description=_shorten(message, MAX_METADATA_LENGTH)
+        )
+        status.details.add().Pack(BadRequest(field_violations=[violation]))
+    status.details.add().Pack(RequestInfo(request_id=request_id))
+    return ErrorStatus(code, message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+@dataclass(slots=True)
+class RemoteError(Exception):
+    """A server's answer that is not OK, as a client sees it.
+
+    Attributes:
+        code: gRPC status code name, such as NOT_FOUND.
+        reason: ErrorInfo reason, such as ADAPTER_NOT_FOUND; empty when the server sent none (an unreachable server).
+        message: for people.
+        metadata: ErrorInfo metadata.
+        request_id: to look for in the server's log.
+    """
+
+    code: str
+    message: str
+    reason: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    request_id: str = ""
+
+    def __str__(self) -> str:
+        """`CODE (REASON): message`."""
+        return f"{self.code}{f' ({self.reason})' if self.reason else ''}: {self.message}"
+
+
+def remote_error(error: grpc.RpcError) -> RemoteError:
+    """Read the status of a failed call.
+
+    Args:
+        error: what a call of a sync or async channel raised.
+    """
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    reason, metadata, request_id = "", dict[str, str](), ""
+    for key, value in error.trailing_metadata() or ():
+        if key != DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        try:
+            details = Status.FromString(value).details
+        except DecodeError:
+            continue
+        for detail in details:
+            info, request = ErrorInfo(), RequestInfo()
+            if detail.Unpack(info):
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(request):
+                request_id = request.request_id
+    return RemoteError(error.code().name, error.details() or "", reason, metadata, request_id)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
