@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels import lora
 from .device_store import DeviceStore
 from .sites import Site
+from .staging import StagedInts
 
 # Slot of rows that no adapter adapts.
 BASE_SLOT: Final = -1
@@ -42,16 +43,10 @@ class LoraBatch:
         self.max_ranks: list[int] = [0] * store.rank_sums.shape[1]
         self._max_tokens = max_tokens
         self._max_segments = max_segments
-        size = 2 * max_segments + 1  # starts, then slots: one copy fills both
-        self._tables = torch.zeros(size, dtype=torch.int32, device=store.device)
-        self._cuda = store.device.type == "cuda"
-        # A host buffer must not be written while the device still reads it: two take turns, each with the event of its
-        # last copy, which is a step old and thus nearly always over.
-        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=True) for _ in range(2)] if self._cuda else []
-        self._copied = [torch.cuda.Event() for _ in self._hosts]
-        self._turn = 0
-        self.seg_starts = self._tables[:1]
-        self.seg_slots = self._tables[max_segments + 1 : max_segments + 1]
+        self._starts = StagedInts(max_segments + 1, torch.int32, store.device)
+        self._slots = StagedInts(max_segments, torch.int32, store.device)
+        self.seg_starts = self._starts.tensor[:1]
+        self.seg_slots = self._slots.tensor[:0]
 
     def prepare(self, segments: Sequence[tuple[int, int]]) -> None:
         """Describe the next step. Costs O(segments) and does not wait for the device.
@@ -73,22 +68,8 @@ class LoraBatch:
         if not adapters:
             return
         self.max_ranks = cast(list[int], self.store.rank_sums[adapters].amax(dim=0).tolist())
-        self._fill(starts, slots)
-
-    def _fill(self, starts: list[int], slots: list[int]) -> None:
-        first_slot = self._max_segments + 1
-        host = self._tables
-        if self._cuda:
-            self._turn = 1 - self._turn
-            host = self._hosts[self._turn]
-            self._copied[self._turn].synchronize()
-        host[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
-        host[first_slot : first_slot + len(slots)] = torch.tensor(slots, dtype=torch.int32)
-        if self._cuda:
-            self._tables.copy_(host, non_blocking=True)
-            self._copied[self._turn].record()
-        self.seg_starts = self._tables[: len(starts)]
-        self.seg_slots = self._tables[first_slot : first_slot + len(slots)]
+        self.seg_starts = self._starts.fill(starts)
+        self.seg_slots = self._slots.fill(slots)
 
 
 class LoraLinear(nn.Module):

@@ -41,19 +41,21 @@ def adapter_directory(roots: Sequence[Path], adapter_id: str, path: Path | None)
     wanted = Path(adapter_id) if path is None else path
     if "\0" in str(wanted):
         raise AdapterIdError("The adapter path contains a zero byte.")
+    real_roots = [root.resolve() for root in roots]
     contained = False
-    for root in roots:
-        real_root = root.resolve()
-        directory = (real_root / wanted).resolve()
-        if directory == real_root or not directory.is_relative_to(real_root):
-            continue
-        contained = True
-        if directory.is_dir():
-            return directory
+    escapes = False
+    for root in real_roots:
+        directory = (root / wanted).resolve()
+        if any(directory != r and directory.is_relative_to(r) for r in real_roots):
+            contained = True
+            if directory.is_dir():
+                return directory
+        elif Path(os.path.normpath(root / wanted)).is_relative_to(root):
+            escapes = True  # by a symbolic link
     shown = str(wanted)[:256]
     if not roots:
         raise AdapterNotFoundError(f"Adapter {adapter_id!r} cannot be loaded: the server has no adapter directory.")
-    if not contained:
+    if escapes or not contained:
         raise AdapterIdError(f"Path {shown!r} of adapter {adapter_id!r} lies outside the server's adapter directories.")
     raise AdapterNotFoundError(f"The server's adapter directories have no folder {shown!r} for adapter {adapter_id!r}.")
 

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry
 from ..adapters.layers import LoraBatch, LoraLinear
 from ..adapters.manager import AdapterManager
 from ..adapters.watcher import AdapterWatcher
-from .addresses import require_free
 from .base.demo import BASE_NAME, prepare_demo_base
 from .base.loader import load_base
 from .base.model import BaseModel
@@ -23,7 +22,6 @@ from .engine.engine import Engine
 from .engine.runner import Runner
 from .engine.sampler import Sampler
 from .engine.scheduler import Scheduler
-from .errors import ConfigError
 from .lifecycle import Ready, serve_until_stopped
 from .metrics import ServerMetrics
 from .metrics_state import StateCollector
@@ -67,7 +65,6 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
     Raises:
         ConfigError, BaseModelError: something that the operator can mend.
     """
-    check_surroundings(config)
     compute = resolve_compute(config)
     torch.set_num_threads(compute.threads)
     demo = config.model == DEMO
@@ -81,20 +78,6 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
     check_unproven_family(base)
     app = assemble(config, compute, base)
     return asyncio.run(serve_until_stopped(app, announce))
-
-
-def check_surroundings(config: ServerConfig) -> None:
-    """Fail before the model is loaded if something about this machine is not as the settings say.
-
-    Raises:
-        ConfigError: an adapter directory is missing or an address is taken.
-    """
-    for directory in config.adapters:
-        if not directory.is_dir():
-            raise ConfigError(f"--adapters names {directory}, which is not a directory.")
-    require_free("gRPC", config.host, config.port, "--")
-    if config.metrics:
-        require_free("/metrics", config.metrics_host, config.metrics_port, "--metrics-")
 
 
 def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:

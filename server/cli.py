@@ -6,40 +6,59 @@ configuration or the model is at fault; 130 interrupted.
 """
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .. import __version__
+from ..adapters.errors import ServingError
 from .addresses import DEFAULT_ADDRESS
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point.
+def main() -> NoReturn:
+    """Entry point of the program."""
+    status = run(sys.argv[1:])
+    # Everything has been closed. To tear down an interpreter full of torch and transformers takes seconds, and frees
+    # nothing that the end of the process does not free.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(status)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
 
     Args:
-        arguments: the command line without the program's name; None takes sys.argv.
+        arguments: the command line without the program's name.
 
     Returns:
         The exit status.
+
+    Raises:
+        SystemExit: `--help`, or a command line that cannot be parsed.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments[:1] == ["serve"]:
             from .cli_serve import serve
 
             return serve(arguments[1:])
-        options = build_parser().parse_args(arguments)
-        return _run(options)
+        return _run(build_parser().parse_args(arguments))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`lorikeet generate ... | head`); a flush at exit would fail again.
-        sys.stdout = None
+        # The reader of our output has gone: `lorikeet generate ... | head`.
         return 1
-    except Exception as error:
-        return _report(error)
+    except ServingError as error:
+        sys.stderr.write(f"lorikeet: {error.message}\n")
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,14 +141,3 @@ def _run(options: argparse.Namespace) -> int:
     from . import cli_client
 
     return cli_client.run(options)
-
-
-def _report(error: Exception) -> int:
-    """One line for what a person can mend, a traceback for what only we can."""
-    from ..adapters.errors import ServingError
-
-    if isinstance(error, ServingError):
-        sys.stderr.write(f"lorikeet: {error.message}\n")
-        return 2
-    traceback.print_exception(error)
-    return 1

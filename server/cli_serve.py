@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from .addresses import DEFAULT_ADDRESS
-from .config import default_cache_dir
+from .addresses import DEFAULT_ADDRESS, require_free
+from .config import ServerConfig, default_cache_dir
 from .config_loading import load_config
+from .errors import ConfigError
 from .logs import configure_logs
 
 
@@ -20,10 +23,16 @@ def serve(arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ConfigError, BaseModelError: something that the operator can mend.
     """
     config = load_config(arguments)
     configure_logs(config.log_level, config.log_format)
-    # Imports torch and transformers; a wrong flag has been reported by now.
+    check_surroundings(config)
+    # Until the event loop takes the signal over. As a container's first process, the default would be to ignore it.
+    signal.signal(signal.SIGTERM, _end)
+    # Imports torch and transformers, which takes seconds; what can be wrong without them has been reported by now.
     from .app import run_server
     from .lifecycle import Ready
 
@@ -38,6 +47,24 @@ def serve(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
 
     return run_server(config, announce)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def check_surroundings(config: ServerConfig) -> None:
+    """Fail before the model is loaded if something about this machine is not as the settings say.
+
+    Raises:
+        ConfigError: an adapter directory is missing or an address is taken.
+    """
+    for directory in config.adapters:
+        if not directory.is_dir():
+            raise ConfigError(f"--adapters names {directory}, which is not a directory.")
+    require_free("gRPC", config.host, config.port, "--")
+    if config.metrics:
+        require_free("/metrics", config.metrics_host, config.metrics_port, "--metrics-")
 
 
 def client_command(address: str, adapter_ids: Sequence[str]) -> str:

@@ -2,22 +2,20 @@
 
 import asyncio
 import signal
-import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIServer
 
 import structlog
-from prometheus_client import CollectorRegistry, start_http_server
 
 from ..adapters.info import AdapterState
 from .adapter_service import AdapterService
-from .addresses import cannot_listen, join_address
+from .addresses import join_address
 from .event_stream import EventBridge
 from .generation_service import GenerationService
 from .grpc_server import GrpcServer
+from .metrics_server import MetricsServer
 from .prompts import PromptEncoder
 
 if TYPE_CHECKING:
@@ -104,8 +102,9 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
 
         metrics_url = None
         if config.metrics:
-            metrics_port = _serve_metrics(config.metrics_host, config.metrics_port, app.registry, stack)
-            metrics_url = f"http://{join_address(config.metrics_host, metrics_port)}/metrics"
+            metrics_server = MetricsServer(config.metrics_host, config.metrics_port, app.registry)
+            stack.callback(metrics_server.close)
+            metrics_url = f"http://{join_address(config.metrics_host, metrics_server.port)}/metrics"
         server = GrpcServer(config.max_message_bytes, app.metrics.on_call)
         port = await server.start(config.host, config.port, generation, adapters)
         stack.push_async_callback(server.stop, 0)
@@ -149,25 +148,3 @@ def _on_dead(loop: asyncio.AbstractEventLoop, died: asyncio.Event, error: BaseEx
     """Called on the step thread as it ends: a server without an engine reports NOT_SERVING and ends too."""
     log.critical("the engine died", exc_info=error)
     loop.call_soon_threadsafe(died.set)
-
-
-def _serve_metrics(host: str, port: int, registry: CollectorRegistry, stack: AsyncExitStack) -> int:
-    """Serve /metrics from a thread of its own.
-
-    Returns:
-        The port, also where 0 was asked for.
-    """
-    server: WSGIServer
-    thread: threading.Thread
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise cannot_listen("/metrics", host, port, "--metrics-") from error
-
-    def stop() -> None:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-    stack.callback(stop)
-    return server.server_port

@@ -42,6 +42,12 @@ MODEL_DIR_NAME = "smollm2-135m-instruct-1"
 # GGUF (98 MB) and model (273 MB) lie side by side while converting; the wheel is gone by then. Rounded up.
 REQUIRED_FREE_BYTES = 400_000_000
 CONTEXT_TOKENS = 8192
+SPECIAL_TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 
 _POLL_S = 0.2
 _CHUNK_BYTES = 1 << 20
@@ -90,8 +96,8 @@ def prepare_demo_base(cache_dir: Path, progress: ProgressCallback | None = None,
     if target.is_dir():
         return target
     _require_packages()
-    bars = TqdmProgress() if progress is None else None
-    report: ProgressCallback = progress or bars  # type: ignore[assignment]
+    bars = TqdmProgress()
+    report = bars if progress is None else progress
     try:
         with _exclusive_workspace(cache_dir) as workspace:
             # Another process may have finished while this one waited for the lock.
@@ -102,8 +108,7 @@ def prepare_demo_base(cache_dir: Path, progress: ProgressCallback | None = None,
     except OSError as error:
         raise _as_base_model_error(error, cache_dir) from error
     finally:
-        if bars is not None:
-            bars.close()
+        bars.close()
     return target
 
 
@@ -168,7 +173,7 @@ def _as_base_model_error(error: OSError, cache_dir: Path) -> BaseModelError:
         return BaseModelError(_full_disk_message(cache_dir, shutil.disk_usage(cache_dir).free))
     reason = os.strerror(error.errno) if error.errno else "input/output error"
     return BaseModelError(
-        f"The demo base could not be written to {cache_dir}: {reason}. Make the directory writable, or choose another "
+        f"The demo base could not be prepared in {cache_dir}: {reason}. Make the directory writable, or choose another "
         "place with --cache-dir. Nothing incomplete was kept."
     )
 
@@ -279,7 +284,9 @@ def _convert(gguf: Path, directory: Path, progress: ProgressCallback) -> None:
         _save_tokenizer(gguf, directory)
     progress(stage, 2, 3)
     for path in directory.iterdir():
-        # Without this, a crash of the machine after the rename could leave empty files under the final name.
+        # safetensors writes 0600, but a cache may be shared. Without fsync, a crash of the machine after the rename
+        # could leave empty files under the final name.
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     progress(stage, 3, 3)
@@ -336,7 +343,7 @@ def _save_model(gguf: Path, directory: Path) -> None:
 def _save_tokenizer(gguf: Path, directory: Path) -> None:
     """Tokenizer with the model's chat template and SmolLM2's pre-tokenizer."""
     import transformers
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
 
     read = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = read.backend_tokenizer
@@ -345,14 +352,13 @@ def _save_tokenizer(gguf: Path, directory: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # transformers 5.17 adds SentencePiece's decoders, which would turn a "▁" in the text into a blank.
+    backend.decoder = decoders.ByteLevel()
     # Wrapped anew with the special tokens by name: transformers 5.17 takes <|im_start|> for the end token.
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
         model_max_length=CONTEXT_TOKENS,
+        **SPECIAL_TOKENS,
     )
     tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(directory)

@@ -15,13 +15,13 @@ class AdapterPort(Protocol):
     For the scheduler's promise that no request starves, an implementation keeps two of its own:
 
     1. A version with an activation keeps its slot until its last `deactivate`.
-    2. When no other version has an activation and none but one is asked for any more, repeated `try_activate` of that
-       one returns a slot, or raises, after finitely many `step_work` calls; a version that became resident in
-       `step_work` stays so at least until the schedule that follows.
+    2. When no other version has an activation and none but one is asked for any more, `try_activate` of that one,
+       repeated, returns a slot or raises in the end: what was brought in because it was asked for stays for longer than
+       a step, but not for ever.
 
     Attributes:
-        on_ready: set by the engine; to be called, from any thread, when `step_work` would publish something or when a
-            `try_activate` that returned None may have another outcome now. Wakes an idle engine.
+        on_ready: set by the engine; to be called, from any thread, when a `try_activate` that returned None may have
+            another outcome now, or `step_work` is wanted. Wakes an idle engine.
     """
 
     on_ready: Callable[[], None]
@@ -45,5 +45,5 @@ class AdapterPort(Protocol):
         ...
 
     def step_work(self) -> None:
-        """Publish finished device copies, compact; called between steps, cheap when there is nothing to do."""
+        """Do what may not happen during a step; called before each, cheap when there is nothing to do."""
         ...

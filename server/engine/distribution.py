@@ -51,18 +51,21 @@ def sort_descending(values: Tensor) -> Tensor:
     return values.sort(-1, descending=True).values
 
 
-def draw(scaled: Tensor, threshold: Tensor, uniform: Tensor) -> Tensor:
+def draw(scaled: Tensor, threshold: Tensor | None, uniform: Tensor) -> Tensor:
     """Draw one token per row by inverting its cumulative distribution: int64 [n].
 
     Args:
-        scaled: float32 [n, vocab], from `scale`.
-        threshold: float32 [n], at most 0; tokens below are excluded, those equal to it are kept.
+        scaled: float32 [n, vocab], from `scale`; used up.
+        threshold: float32 [n], at most 0; tokens below are excluded, those equal to it are kept. None excludes nothing.
         uniform: float64 [n], in [0, 1).
 
     A row that holds NaN gives some token of the vocabulary.
     """
     num_rows, vocab = scaled.shape
-    weights = scaled.exp().mul_(scaled >= threshold.unsqueeze(-1))
+    kept = scaled >= threshold.unsqueeze(-1) if threshold is not None else None
+    weights = scaled.exp_()
+    if kept is not None:
+        weights *= kept
     if vocab % _RUN:
         weights = torch.nn.functional.pad(weights, (0, _RUN - vocab % _RUN))
     runs = weights.view(num_rows, -1, _RUN)

@@ -1,7 +1,8 @@
 """Runs one scheduled step on the device: builds the flat batch, calls the model once, returns the logits to sample.
 
 Owned by the step thread. Every tensor that describes a step is preallocated at its largest size and filled by one copy
-from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device and a captured graph can replay it.
+from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device, and a captured graph can replay
+it.
 """
 
 from collections.abc import Sequence
@@ -10,33 +11,10 @@ import torch
 from torch import Tensor
 
 from ...adapters.layers import LoraBatch
+from ...adapters.staging import StagedInts
 from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
 from .scheduler import ScheduledRequest, ScheduledStep
-
-
-class _Buffer:
-    """A device tensor and the host tensors that fill it.
-
-    On CUDA two pinned host tensors take turns: the copy of step n may still be in flight while step n + 1 is written, but
-    never that of step n - 1, because a step ends with the copy of its sampled tokens to the host.
-    """
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._device = torch.zeros(size, dtype=dtype, device=device)
-        self._hosts = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)] if cuda else [self._device]
-        self._turn = 0
-
-    def fill(self, values: Sequence[int]) -> Tensor:
-        """The device tensor's first len(values) elements, filled (asynchronously on CUDA)."""
-        n = len(values)
-        self._turn = (self._turn + 1) % len(self._hosts)
-        host = self._hosts[self._turn]
-        host[:n] = torch.tensor(values, dtype=host.dtype)
-        if host is not self._device:
-            self._device[:n].copy_(host[:n], non_blocking=True)
-        return self._device[:n]
 
 
 class Runner:
@@ -58,13 +36,13 @@ class Runner:
         self._lora = lora
         self._cache = cache
         device = base.device
-        self._ids = _Buffer(max_tokens, torch.int64, device)
-        self._positions = _Buffer(max_tokens, torch.int64, device)
-        self._kv_slots = _Buffer(max_tokens, torch.int64, device)
-        self._query_starts = _Buffer(max_requests + 1, torch.int32, device)
-        self._context_lens = _Buffer(max_requests, torch.int32, device)
-        self._tables = _Buffer(max_requests * max_blocks, torch.int32, device)
-        self._rows = _Buffer(max_requests, torch.int64, device)
+        self._ids = StagedInts(max_tokens, torch.int64, device)
+        self._positions = StagedInts(max_tokens, torch.int64, device)
+        self._kv_slots = StagedInts(max_tokens, torch.int64, device)
+        self._query_starts = StagedInts(max_requests + 1, torch.int32, device)
+        self._context_lens = StagedInts(max_requests, torch.int32, device)
+        self._tables = StagedInts(max_requests * max_blocks, torch.int32, device)
+        self._rows = StagedInts(max_requests, torch.int64, device)
 
     @torch.inference_mode()
     def forward(self, step: ScheduledStep) -> Tensor:

@@ -77,7 +77,9 @@ class Sampler:
         return len(request.output_token_ids) < request.params.min_tokens
 
     def _choose(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Tokens of rows that need more than the maximum: int64 [n]. `logits` is a copy and changed."""
+        """Tokens of rows that need more than the maximum: int64 [n]."""
+        if any(self._is_edited(request) for request in requests):
+            logits = logits.clone()
         self._penalize(logits, requests)
         self._mask_ends(logits, requests)
         sampled = [row for row, request in enumerate(requests) if not request.params.greedy]
@@ -190,7 +192,8 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         largest = sort_descending(_rows(scaled, by_top_p))
         _raise(threshold, by_top_p, largest, [vocab] * len(by_top_p), [params[row].top_p for row in by_top_p])
     numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
-    return draw(scaled, threshold, _tensor(numbers, torch.float64, device))
+    is_cut = bool(by_top_k or by_top_p or any(p.min_p for p in params))
+    return draw(scaled, threshold if is_cut else None, _tensor(numbers, torch.float64, device))
 
 
 def _raise(threshold: Tensor, rows: list[int], descending: Tensor, top_k: list[int], top_p: list[float]) -> None:
@@ -202,7 +205,9 @@ def _raise(threshold: Tensor, rows: list[int], descending: Tensor, top_k: list[i
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    """A copy of some rows."""
+    """Some rows: a copy, or the tensor itself when that is all of them."""
+    if len(rows) == tensor.shape[0]:
+        return tensor
     return tensor.index_select(0, _tensor(rows, torch.int64, tensor.device))
 
 

@@ -1,0 +1,42 @@
+"""Small integer tables that change every step: filled on the host, copied to the device without waiting for it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class StagedInts:
+    """A preallocated device tensor that is refilled from host values.
+
+    On the CPU the values are written in place. On CUDA they go through pinned memory, asynchronously on the current
+    stream; two host buffers take turns, each guarded by the event of its last copy, because a host buffer must not be
+    written while the device may still read it. That event is two fills old, so waiting for it is nearly always free.
+    Used by one thread.
+
+    Args:
+        size: most values.
+        dtype: int32 or int64.
+        device: where the tensor lives; its address never changes, so that a captured CUDA graph may read it.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(size, dtype=dtype, device=device)
+        cuda = device.type == "cuda"
+        self._hosts = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)] if cuda else []
+        self._copied = [torch.cuda.Event() for _ in self._hosts]
+        self._turn = 0
+
+    def fill(self, values: Sequence[int]) -> Tensor:
+        """Write `values` to the front; a view of that part of the device tensor: [len(values)]."""
+        n = len(values)
+        if not self._hosts:
+            self.tensor[:n] = torch.tensor(values, dtype=self.tensor.dtype)
+            return self.tensor[:n]
+        self._turn = 1 - self._turn
+        host, copied = self._hosts[self._turn], self._copied[self._turn]
+        copied.synchronize()
+        host[:n] = torch.tensor(values, dtype=host.dtype)
+        self.tensor[:n].copy_(host[:n], non_blocking=True)
+        copied.record()
+        return self.tensor[:n]

@@ -1,0 +1,130 @@
+"""This project's side: the parts of `lorikeet serve` in this process, without gRPC."""
+
+import itertools
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lorikeet.server.app import App, assemble
+from lorikeet.server.base.loader import load_base
+from lorikeet.server.config import ServerConfig
+from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
+from lorikeet.server.engine.sampling_params import SamplingParams
+from lorikeet.server.logs import configure_logs
+from lorikeet.server.resolve import resolve_compute
+from measurement import Run
+
+RUN_TIMEOUT_S = 900.0
+
+
+class _StepClock:
+    """Hears of every step on the step thread and keeps when it ended and what ran in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: list[tuple[float, int, int]] = []
+
+    def on_step(self, seconds: float, num_tokens: int, num_requests: int, num_adapters: int) -> None:
+        """`EngineObserver.on_step`."""
+        with self._lock:
+            self._steps.append((time.perf_counter(), num_tokens, num_requests))
+
+    def clear(self) -> None:
+        """Forget the steps so far."""
+        with self._lock:
+            self._steps.clear()
+
+    def full_decode_steps(self, streams: int) -> list[float]:
+        """Seconds from the end of the step before to the end of each step that gave every stream one token.
+
+        So scheduling and delivery of the tokens count, as they do on the other side.
+        """
+        with self._lock:
+            steps = list(self._steps)
+        return [
+            end - before
+            for (before, _, _), (end, tokens, requests) in itertools.pairwise(steps)
+            if tokens == requests == streams
+        ]
+
+
+class LorikeetSide:
+    """A started engine with adapters loaded. Close it at the end.
+
+    Args:
+        base: the base model's directory.
+        adapters: folder with one subfolder for each adapter.
+        adapter_ids: the subfolders to load.
+        settings: of the server; see `lorikeet serve --help`.
+    """
+
+    def __init__(self, base: Path, adapters: Path, adapter_ids: list[str], **settings: Any) -> None:
+        config = ServerConfig(model=str(base), adapters=(adapters,), metrics=False, **settings)
+        configure_logs("warning", "console")
+        compute = resolve_compute(config)
+        self.dtype: torch.dtype = compute.dtype
+        model = load_base(str(base), device=compute.device, compute_dtype=compute.dtype, progress=False)
+        self.nf4_bytes = model.nf4_bytes
+        self._app: App = assemble(config, compute, model)
+        self._clock = _StepClock()
+        # Beside what the metrics do with it.
+        observe = self._app.metrics.on_step
+
+        def on_step(*step: Any) -> None:
+            self._clock.on_step(*step)
+            observe(*step)
+
+        self._app.metrics.on_step = on_step  # type: ignore[method-assign]
+        self._app.manager.start()
+        self._app.engine.start()
+        self._runs = 0
+        for name in adapter_ids:
+            self._app.manager.load(name)
+
+    def close(self) -> None:
+        """Stop the engine and the adapter threads."""
+        self._app.engine.stop()
+        self._app.manager.close()
+
+    def run(self, prompts: list[list[int]], adapter_ids: list[str] | None, new_tokens: int) -> Run:
+        """Generate greedily for all prompts at once.
+
+        Args:
+            prompts: token ids.
+            adapter_ids: one for each prompt; None asks the base.
+            new_tokens: for each prompt.
+
+        Raises:
+            RuntimeError: a request did not end well.
+        """
+        self._runs += 1
+        events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        self._clock.clear()
+        start = time.perf_counter()
+        for i, (prompt, inbox) in enumerate(zip(prompts, events, strict=True)):
+            version = None if adapter_ids is None else self._app.manager.resolve(adapter_ids[i])
+            self._app.engine.submit(Request(f"run-{self._runs}-{i}", prompt, params, version, inbox.put))
+        tokens = [_collect(inbox) for inbox in events]
+        wall_s = time.perf_counter() - start
+        return Run(
+            wall_s=wall_s,
+            output_tokens=sum(map(len, tokens)),
+            steps_s=self._clock.full_decode_steps(len(prompts)),
+            tokens=tokens,
+        )
+
+
+def _collect(events: queue.SimpleQueue[Event]) -> list[int]:
+    tokens: list[int] = []
+    while True:
+        match events.get(timeout=RUN_TIMEOUT_S):
+            case Delta(token_ids=token_ids):
+                tokens += token_ids
+            case Finished():
+                return tokens
+            case Failed(error=error):
+                raise RuntimeError(f"a request failed: {error}")

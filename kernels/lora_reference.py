@@ -1,0 +1,69 @@
+"""LoRA shrink and expand in plain fp32 torch, one segment and one slice at a time.
+
+The oracle of the tests and the baseline of the benchmarks. Written to be obviously right: it loops, it reads the tables
+back to the host, and it shares no code with the implementations that it judges.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def lora_shrink_reference(
+    x: Tensor,
+    arena: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    seg_starts: Tensor,
+    seg_slots: Tensor,
+    max_rank: int,
+) -> Tensor:
+    """Computes `h = x @ A^T` row by row of segments; see `lora.lora_shrink` for the arguments.
+
+    Returns:
+        h: [num_tokens, max_rank], float32.
+    """
+    in_features = x.shape[1]
+    h = torch.zeros(x.shape[0], max_rank, dtype=torch.float32, device=x.device)
+    for g in range(len(seg_slots)):
+        slot, start, end = int(seg_slots[g]), int(seg_starts[g]), int(seg_starts[g + 1])
+        if slot < 0:
+            continue
+        rank = int(ranks[slot].sum())
+        if rank == 0:
+            continue
+        offset = int(offsets[slot])
+        lora_a = arena[offset : offset + rank * in_features].reshape(rank, in_features)
+        h[start:end, :rank] = x[start:end].float() @ lora_a.float().T
+    return h
+
+
+def lora_expand_reference_(
+    y: Tensor,
+    h: Tensor,
+    arena: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    seg_starts: Tensor,
+    seg_slots: Tensor,
+    slice_widths: Sequence[int],
+    in_features: int,
+) -> None:
+    """Computes `y += h @ B^T` slice by slice; see `lora.lora_expand_` for the arguments."""
+    for g in range(len(seg_slots)):
+        slot, start, end = int(seg_slots[g]), int(seg_starts[g]), int(seg_starts[g + 1])
+        if slot < 0:
+            continue
+        slice_ranks = [int(r) for r in ranks[slot]]
+        block = int(offsets[slot]) + sum(slice_ranks) * in_features
+        column = first_rank = 0
+        for rank, width in zip(slice_ranks, slice_widths, strict=True):
+            if rank > 0:
+                lora_b_t = arena[block : block + rank * width].reshape(rank, width)
+                delta = h[start:end, first_rank : first_rank + rank] @ lora_b_t.float()
+                target = y[start:end, column : column + width]
+                target.copy_(target.float() + delta)
+            block += rank * width
+            column += width
+            first_rank += rank

@@ -1,0 +1,216 @@
+"""A tiny Llama, its site table written by hand, and adapters made and saved by PEFT itself."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lorikeet.adapters.fingerprint import BaseFingerprint
+from lorikeet.adapters.manager import AdapterManager
+from lorikeet.adapters.packing import PackedAdapter
+from lorikeet.adapters.sites import Site, SiteTable, Slice
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32, 48, 3, 4, 2
+HEAD_DIM = HIDDEN // HEADS
+
+Deltas = dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_site_table(layers: int = LAYERS, hidden: int = HIDDEN) -> SiteTable:
+    sites: list[Site] = []
+
+    def add(layer: int, parent: str, stacked: str, in_features: int, **slices: int) -> None:
+        prefix = f"model.layers.{layer}.{parent}"
+        pieces = tuple(Slice(f"{prefix}.{name}", width) for name, width in slices.items())
+        sites.append(Site(len(sites), f"{prefix}.{stacked}", layer, in_features, pieces))
+
+    for layer in range(layers):
+        kv = KV_HEADS * HEAD_DIM
+        add(layer, "self_attn", "qkv_proj", hidden, q_proj=HEADS * HEAD_DIM, k_proj=kv, v_proj=kv)
+        add(layer, "self_attn", "o_proj", hidden, o_proj=hidden)
+        add(layer, "mlp", "gate_up_proj", hidden, gate_proj=INNER, up_proj=INNER)
+        add(layer, "mlp", "down_proj", INNER, down_proj=hidden)
+    return SiteTable(sites)
+
+
+@pytest.fixture(scope="session")
+def sites() -> SiteTable:
+    return make_site_table()
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseFingerprint:
+    return BaseFingerprint("tiny-llama")
+
+
+@pytest.fixture
+def save_adapter(tiny_llama: LlamaForCausalLM, peft_deltas: Callable[[Path], Deltas]) -> Callable[..., Deltas]:
+    """save_adapter(config, directory, seed=0, dtype=float32): an adapter with random weights, saved by PEFT.
+
+    Returns the deltas that PEFT computes after loading it again: module path -> [out_features, in_features].
+    """
+
+    def save(
+        config: LoraConfig,
+        directory: Path,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[PeftModel], None] | None = None,
+    ) -> Deltas:
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(tiny_llama), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape).to(dtype) * 0.1)
+        if change is not None:
+            change(model)
+        model.save_pretrained(str(directory))
+        if dtype is not torch.float32:
+            path = directory / "adapter_model.safetensors"
+            save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+        return peft_deltas(directory)
+
+    return save
+
+
+@pytest.fixture
+def peft_deltas(tiny_llama: LlamaForCausalLM) -> Callable[[Path], Deltas]:
+    """peft_deltas(directory): what PEFT adds to each weight when it loads an adapter directory, in float32."""
+
+    def deltas(directory: Path) -> Deltas:
+        loaded = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(directory)).float()
+        with torch.no_grad():
+            return {
+                name.removeprefix("base_model.model."): module.get_delta_weight("default").float()
+                for name, module in loaded.named_modules()
+                if isinstance(module, LoraLayer)
+            }
+
+    return deltas
+
+
+@pytest.fixture
+def unpack(sites: SiteTable) -> Callable[..., Deltas]:
+    """unpack(packed, start=0, data=None): the deltas B @ A as they lie in an arena."""
+
+    def deltas(packed: PackedAdapter, data: Tensor | None = None, start: int = 0) -> Deltas:
+        arena = packed.data if data is None else data
+        result: Deltas = {}
+        for site in sites.sites:
+            offset = int(packed.site_offsets[site.index])
+            if offset < 0:
+                continue
+            ranks = packed.site_ranks[site.index].tolist()
+            width = site.in_features
+            a_at = start + offset
+            b_at = a_at + sum(ranks) * width
+            for rank, piece in zip(ranks, site.slices, strict=False):
+                if rank:
+                    a = arena[a_at : a_at + rank * width].view(rank, width).float()
+                    b_t = arena[b_at : b_at + rank * piece.out_features].view(rank, piece.out_features).float()
+                    result[piece.module] = b_t.t() @ a
+                a_at += rank * width
+                b_at += rank * piece.out_features
+        return result
+
+    return deltas
+
+
+@pytest.fixture
+def lora_dir(tmp_path: Path, save_adapter: Callable[..., Deltas]) -> Path:
+    """A plain adapter on q_proj and down_proj, to be spoiled by tests."""
+    directory = tmp_path / "adapters" / "plain"
+    save_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"), directory)
+    return directory
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """edit_config(directory, key=value, ...): change keys of adapter_config.json."""
+
+    def edit(directory: Path, **changes: object) -> None:
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+@pytest.fixture
+def edit_tensors() -> Callable[..., None]:
+    """edit_tensors(directory, change): change(tensors) edits the dict of tensors in place."""
+
+    def edit(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+        path = directory / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    return edit
+
+
+@pytest.fixture
+def clone_adapter(lora_dir: Path, edit_tensors: Callable[..., None]) -> Callable[..., Path]:
+    """clone_adapter(name, factor=1.0): a copy of lora_dir beside it, its weights multiplied."""
+
+    def clone(name: str, factor: float = 1.0) -> Path:
+        target = lora_dir.parent / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(lora_dir, target)
+
+        def scale(tensors: dict[str, Tensor]) -> None:
+            for tensor in tensors.values():
+                tensor *= factor
+
+        edit_tensors(target, scale)
+        return target
+
+    return clone
+
+
+@pytest.fixture
+def make_manager(tmp_path: Path, sites: SiteTable, base: BaseFingerprint) -> Iterator[Callable[..., AdapterManager]]:
+    """make_manager(**overrides): a started manager on the CPU; closed at the end of the test."""
+    managers: list[AdapterManager] = []
+
+    def make(**overrides: object) -> AdapterManager:
+        arguments: dict[str, object] = {
+            "dtype": torch.float32,
+            "device": torch.device("cpu"),
+            "device_budget_bytes": 2**20,
+            "host_budget_bytes": 2**20,
+            "roots": [tmp_path / "adapters"],
+            "max_slots": 8,
+            "drain_deadline_s": 60.0,
+        }
+        (tmp_path / "adapters").mkdir(exist_ok=True)
+        manager = AdapterManager(sites, base, **(arguments | overrides))  # type: ignore[arg-type]
+        managers.append(manager)
+        manager.start()
+        return manager
+
+    yield make
+    for manager in managers:
+        manager.close()

@@ -1,0 +1,121 @@
+"""A real server process at its limits and at its end: queue full, SIGTERM under load, a port in use, bad models."""
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from lorikeet.server.client import LorikeetClient
+from lorikeet.server.status import RemoteError
+
+from ..tiny import TEXT
+from .process import eventually, lorikeet, running_server
+
+LONG = {"prompt": TEXT[0], "temperature": 0.0, "ignore_eos": True}
+
+
+def outcome(address, max_tokens, started=None):
+    """Number of tokens, or the error, of one stream."""
+    tokens = 0
+    try:
+        with LorikeetClient(address, timeout_s=60) as client:
+            for event in client.stream(**LONG, max_tokens=max_tokens):
+                tokens += len(event.delta.token_ids)
+                if started is not None and tokens:
+                    started.release()
+                    started = None
+    except RemoteError as error:
+        return error
+    return tokens
+
+
+@pytest.fixture
+def narrow_server(server_arguments, tmp_path):
+    """Runs one request at a time and lets two wait."""
+    arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "4MiB"]
+    with running_server(tmp_path / "log", *server_arguments, *arguments) as server:
+        yield server
+
+
+def test_full_queue_is_resource_exhausted_and_nothing_is_lost(narrow_server):
+    with ThreadPoolExecutor(12) as pool:
+        outcomes = list(pool.map(lambda _: outcome(narrow_server.address, 100), range(12)))
+    errors = [item for item in outcomes if isinstance(item, RemoteError)]
+    assert {(error.code, error.reason) for error in errors} == {("RESOURCE_EXHAUSTED", "QUEUE_FULL")}
+    assert all(tokens == 100 for tokens in outcomes if not isinstance(tokens, RemoteError))
+    assert 3 <= len(outcomes) - len(errors) < 12
+    eventually(narrow_server.is_idle)
+    assert outcome(narrow_server.address, 3) == 3
+
+
+def test_sigterm_under_load_finishes_what_runs_and_refuses_what_comes(server_arguments, tmp_path):
+    with running_server(tmp_path / "log", *server_arguments, "--kv-cache-bytes", "16MiB") as server:
+        # Connected before the signal, so that they still reach the server after it.
+        with LorikeetClient(server.address, timeout_s=10) as late, ThreadPoolExecutor(4) as pool:
+            assert late.is_serving()
+            started = threading.Semaphore(0)
+            streams = [pool.submit(outcome, server.address, 300, started) for _ in range(4)]
+            for _ in streams:
+                assert started.acquire(timeout=30)
+            server.terminate()
+            eventually(lambda: not late.is_serving())
+            with pytest.raises(RemoteError) as refused:
+                late.generate(prompt="x", max_tokens=1)
+            assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "DRAINING")
+            assert [stream.result(timeout=60) for stream in streams] == [300] * 4
+        assert server.wait() == 0
+
+
+def test_drain_timeout_ends_what_still_runs_with_a_status(server_arguments, tmp_path):
+    arguments = ["--kv-cache-bytes", "16MiB", "--drain-timeout-s", "0.2"]
+    with running_server(tmp_path / "log", *server_arguments, *arguments) as server, ThreadPoolExecutor(2) as pool:
+        started = threading.Semaphore(0)
+        streams = [pool.submit(outcome, server.address, 480, started) for _ in range(2)]
+        for _ in streams:
+            assert started.acquire(timeout=30)
+        server.terminate()
+        errors = [stream.result(timeout=60) for stream in streams]
+        assert {(error.code, error.reason) for error in errors} == {("UNAVAILABLE", "DRAINING")}
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize(("flag", "which"), [("--port", "address"), ("--metrics-port", "metrics")])
+def test_port_in_use_is_one_line_and_status_2(server, server_arguments, flag, which):
+    port = server.ready[which].removesuffix("/metrics").rpartition(":")[2]
+    ports = {"--port": "0", "--metrics-port": "0"} | {flag: port}
+    result = subprocess.run(
+        lorikeet("serve", *server_arguments, *(word for item in ports.items() for word in item)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert f"127.0.0.1:{port}" in line
+    assert flag in line
+
+
+def test_missing_adapter_directory_is_one_line_and_status_2(server_arguments, tmp_path):
+    result = subprocess.run(
+        lorikeet("serve", *server_arguments, "--port", "0", "--metrics", "--adapters", str(tmp_path / "gone")),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert "--adapters" in line
+    assert "gone" in line
+
+
+def test_model_that_cannot_be_served_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "model").mkdir()
+    result = subprocess.run(
+        lorikeet("serve", "--port", "0", "--metrics-port", "0", "--model", str(tmp_path / "model")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("lorikeet: ")
