@@ -37,6 +37,7 @@ help: ## this list
 	@echo
 	@echo '  ARGS="..."          options for run, bench, bench-gpu: make run ARGS="--port 0"'
 	@echo '  PYTEST_ARGS="..."   options for test, test-gpu: make test PYTEST_ARGS="-x tests/kernels"'
+	@echo '  OUT=DIR             where bench and bench-gpu write [benchmarks/results]'
 	@echo '  PYTHON=python3.12   the Python to make .venv with;  PY=python3 uses an environment as it is'
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -109,10 +110,10 @@ proto: $(DEV_READY) ## generate the stubs from protos/v1/*.proto
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 bench: $(DEV_READY) ## Lorikeet beside PEFT on this CPU; writes benchmarks/results/
-	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(ARGS)
+	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench-gpu: $(DEV_READY) ## the same on a CUDA device, with Llama-3-8B shapes
-	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(ARGS)
+	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean: ## remove caches and build products (the environment stays: rm -r .venv)
 	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,11 +31,13 @@ class Events(NamedTuple):
         on_ready: a version is on the device or has failed, or step_work has something to do.
         on_version_dropped: a version that requests still hold passed its drain deadline.
         on_progress: evictions may have to be reported.
+        on_dead: the thread ended by an unexpected error: nothing will come to the device any more.
     """
 
     on_ready: Callable[[], None]
     on_version_dropped: Callable[[AdapterVersion], None]
     on_progress: Callable[[], None]
+    on_dead: Callable[[BaseException], None]
 
 
 class _Copy(NamedTuple):
@@ -98,6 +100,13 @@ class DeviceLoader:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            _log.exception("adapter_loader_died")
+            self._tell(self._events.on_dead, error)
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 if self._closed:

@@ -62,6 +62,8 @@ class AdapterManager:
             engine should run its loop. Set by the engine.
         on_version_dropped: called on a loader thread when a version that requests still hold passed its drain deadline;
             the engine fails them and then deactivates and releases as usual. Set by the engine.
+        on_dead: called on a loader thread that ends by an unexpected error: no adapter will come to the device any
+            more, so the process should end.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class AdapterManager:
         self.store = DeviceStore(site_table, dtype, device, device_budget_bytes, max_slots)
         self.on_ready: Callable[[], None] = _ignore
         self.on_version_dropped: Callable[[AdapterVersion], None] = _ignore
+        self.on_dead: Callable[[BaseException], None] = _ignore
         self._roots = tuple(roots)
         self._drain_deadline_s = drain_deadline_s
         self._observer = observer or SilentObserver()
@@ -114,6 +117,7 @@ class AdapterManager:
                 on_ready=lambda: self.on_ready(),
                 on_version_dropped=lambda version: self.on_version_dropped(version),
                 on_progress=self._report_evictions,
+                on_dead=lambda error: self.on_dead(error),
             ),
         )
 
@@ -178,6 +182,22 @@ class AdapterManager:
             self._registry.unload(adapter_id, time.monotonic() + self._drain_deadline_s)
             self._changed.notify_all()
         _log.info("adapter_unloaded", adapter=adapter_id)
+
+    def unload_from(self, adapter_id: str, directory: Path) -> None:
+        """Unload an id whose folder is gone, unless its current version was loaded from elsewhere since.
+
+        Args:
+            adapter_id: what users name; nothing happens if nothing of that id is known.
+            directory: real path that it was loaded from.
+        """
+        with self._changed:
+            record = self._registry.current.get(adapter_id)
+            known = record is not None or adapter_id in self._registry.loading or adapter_id in self._registry.failed
+            if not known or (record is not None and record.origin.directory != directory):
+                return
+            self._registry.unload(adapter_id, time.monotonic() + self._drain_deadline_s)
+            self._changed.notify_all()
+        _log.info("adapter_unloaded", adapter=adapter_id, why="its folder is gone")
 
     def get(self, adapter_id: str) -> AdapterInfo:
         """The current version of an id, or its load under way, or its failure.

@@ -94,6 +94,7 @@ class Registry:
         record = self.records.get(version)
         if record is None:
             record = self.records[version] = Record(version, origin, host_bytes, device_bytes)
+        record.origin = origin  # the same content may have moved
         before = self.current.get(version.adapter_id)
         self.current[version.adapter_id] = record
         self.failed.pop(version.adapter_id, None)

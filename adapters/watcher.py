@@ -24,7 +24,7 @@ import watchfiles
 from .checkpoint import check_complete
 from .config import CONFIG_FILE
 from .errors import AdapterIdError, ServingError
-from .info import AdapterInfo, AdapterState
+from .info import AdapterInfo
 from .manager import AdapterManager
 from .paths import check_adapter_id
 from .weights_file import WEIGHTS_FILE
@@ -54,6 +54,7 @@ class _Folder:
         changed_at: `time.monotonic()` second since which the signature stayed the same.
         gone_since: when it was first missed, or None.
         handled: the signature that was loaded or refused last, or None.
+        directory: the real path it was loaded from, or None.
         load: the load under way, or the last one.
     """
 
@@ -63,15 +64,8 @@ class _Folder:
     changed_at: float
     gone_since: float | None = None
     handled: _Signature | None = None
+    directory: Path | None = None
     load: Future[AdapterInfo] | None = None
-
-    @property
-    def loaded_digest(self) -> str | None:
-        """What the last load made current, or None while it is under way or when it failed."""
-        load = self.load
-        if load is None or not load.done() or load.cancelled() or load.exception() is not None:
-            return None
-        return load.result().digest
 
 
 class AdapterWatcher:
@@ -132,7 +126,7 @@ class AdapterWatcher:
         pending, scanned_at = True, time.monotonic()
         while not self._stop.is_set():
             try:
-                # Every tick yields, with or without changes; the loop ends when `_stop` is set.
+                # Yields at every tick, with or without changes, and ends when `_stop` is set.
                 for changes in watchfiles.watch(
                     *self._roots,
                     watch_filter=None,
@@ -143,12 +137,20 @@ class AdapterWatcher:
                     raise_interrupt=False,
                 ):
                     if changes or pending or time.monotonic() - scanned_at > RESCAN_S:
-                        pending, scanned_at = self.scan(), time.monotonic()
-            except Exception:
-                # No notifications (a root is gone, or the system's watch limit is reached): look at intervals.
-                _log.exception("adapter_watch_failed", retry_s=RESCAN_S)
-                self._stop.wait(RESCAN_S)
-                pending = True
+                        pending, scanned_at = self._scan_or_log(), time.monotonic()
+            except Exception as error:
+                # A root is gone, or the system's watch limit is reached: look at intervals until that is over.
+                _log.warning("adapter_watch_failed", error=repr(error))
+                self._stop.wait(tick_s if pending else RESCAN_S)
+                pending, scanned_at = self._scan_or_log(), time.monotonic()
+
+    def _scan_or_log(self) -> bool:
+        """Scan; an unexpected error must not end the watching."""
+        try:
+            return self.scan()
+        except Exception:
+            _log.exception("adapter_scan_failed")
+            return False
 
     def _find(self) -> dict[str, tuple[Path, Path]]:
         """Subfolders by name: (root, path). Folders of a root that cannot be read stay as they were."""
@@ -190,10 +192,8 @@ class AdapterWatcher:
             # A folder that was there before may have been left alone for long; the change time, which no copying tool
             # can set, tells since when.
             changed = max((entry[1] / 1e9 for entry in signature if entry is not None), default=time.time())
-            handled = None if folder is None else folder.handled
-            load = None if folder is None else folder.load
             age = max(0.0, time.time() - changed)
-            self._folders[name] = _Folder(root, path, signature, now - age, handled=handled, load=load)
+            self._folders[name] = _Folder(root, path, signature, now - age)
             return
         folder.gone_since = None
         if folder.signature != signature:
@@ -207,6 +207,7 @@ class AdapterWatcher:
         if quiet_s < self._settle_s or (quiet_s < self._incomplete_s and not self._is_complete(folder)):
             return True
         folder.handled = folder.signature
+        folder.directory = folder.path.resolve()
         try:
             folder.load = self._manager.load_in_background(name, folder.path)
         except ServingError as error:  # a link that leads out of the roots
@@ -221,18 +222,9 @@ class AdapterWatcher:
         if now - folder.gone_since < self._settle_s:
             return True
         del self._folders[name]
-        if folder.handled is not None:
-            self._unload(name, folder)
+        if folder.directory is not None:
+            self._manager.unload_from(name, folder.directory)
         return False
-
-    def _unload(self, name: str, folder: _Folder) -> None:
-        """Unload what came from the folder, unless the id has been loaded from elsewhere since."""
-        try:
-            info = self._manager.get(name)
-            if info.state in (AdapterState.LOADING, AdapterState.FAILED) or info.digest == folder.loaded_digest:
-                self._manager.unload(name)
-        except ServingError:
-            _log.debug("adapter_already_unloaded", adapter=name)
 
     def _is_complete(self, folder: _Folder) -> bool:
         try:

@@ -104,14 +104,15 @@ class LorikeetSide:
         events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         self._clock.clear()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for i, (prompt, inbox) in enumerate(zip(prompts, events, strict=True)):
             version = None if adapter_ids is None else self._app.manager.resolve(adapter_ids[i])
             self._app.engine.submit(Request(f"run-{self._runs}-{i}", prompt, params, version, inbox.put))
         tokens = [_collect(inbox) for inbox in events]
-        wall_s = time.perf_counter() - start
+        wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
         return Run(
             wall_s=wall_s,
+            cpu_s=cpu_s,
             output_tokens=sum(map(len, tokens)),
             steps_s=self._clock.full_decode_steps(len(prompts)),
             tokens=tokens,

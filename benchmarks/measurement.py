@@ -11,12 +11,14 @@ class Run:
 
     Attributes:
         wall_s: seconds of the whole run, prefill included.
+        cpu_s: processor seconds of all threads meanwhile; on a shared machine they say more than `wall_s`.
         output_tokens: tokens generated over all streams.
         steps_s: seconds of each decode step in which every stream got a token.
         tokens: generated token ids by stream, to compare sides with.
     """
 
     wall_s: float
+    cpu_s: float
     output_tokens: int
     steps_s: list[float]
     tokens: list[list[int]] = field(default_factory=list, repr=False)
@@ -25,6 +27,11 @@ class Run:
     def tokens_per_s(self) -> float:
         """Generated tokens a second, prefill included."""
         return self.output_tokens / self.wall_s
+
+    @property
+    def cpu_ms_per_token(self) -> float:
+        """Processor milliseconds of all threads for each generated token, prefill included."""
+        return 1000 * self.cpu_s / self.output_tokens
 
     @property
     def step_ms(self) -> float:
@@ -74,6 +81,11 @@ class Series:
     def tokens_per_s(self) -> Spread:
         """Over the rounds."""
         return Spread.of([run.tokens_per_s for run in self.runs])
+
+    @property
+    def cpu_ms_per_token(self) -> Spread:
+        """Over the rounds."""
+        return Spread.of([run.cpu_ms_per_token for run in self.runs])
 
     @property
     def step_ms(self) -> Spread:

@@ -67,6 +67,7 @@ class PeftSide:
         ids = torch.tensor(prompts, device=self._device)
         cache = DynamicCache(config=self._peft.config)
         chosen: list[torch.Tensor] = []
+        cpu = time.process_time()
         marks = [time.perf_counter()]
         with adapted if adapted is not None else contextlib.nullcontext():
             for _ in range(new_tokens):
@@ -76,9 +77,11 @@ class PeftSide:
                 if self._device != "cpu":
                     torch.cuda.synchronize()
                 marks.append(time.perf_counter())
+        cpu_s = time.process_time() - cpu
         tokens: list[list[int]] = torch.cat(chosen, dim=1).tolist()
         return Run(
             wall_s=marks[-1] - marks[0],
+            cpu_s=cpu_s,
             output_tokens=len(prompts) * new_tokens,
             # The first interval is the prefill.
             steps_s=[b - a for a, b in itertools.pairwise(marks[1:])],

@@ -50,8 +50,11 @@ def as_text(series: Sequence[Series], ratios: Sequence[Ratio]) -> str:
     lines = [f"{'':<{width}}" + "".join(f"{plural(n):>22}" for n in counts)]
     for one in ratios:
         lines.append(f"{one.title:<{width}}" + "".join(f"{one.at(series, n):.2f}".rjust(22) for n in counts))
-    lines += ["", f"{'side':<16} {'streams':>7}  {'tokens/s (min..max)':<28} {'ms/step (p20..p80)':<28}"]
-    lines += [f"{s.side:<16} {s.streams:>7}  {s.tokens_per_s:.1f}".ljust(57) + f"{s.step_ms:.1f}" for s in series]
+    heads = " ".join(head.ljust(28) for head in ("tokens/s (min..max)", "ms/step (p20..p80)", "CPU ms/token"))
+    lines += ["", f"{'side':<16} {'streams':>7}  {heads}".rstrip()]
+    for s in series:
+        cells = (f"{spread:.1f}".ljust(28) for spread in (s.tokens_per_s, s.step_ms, s.cpu_ms_per_token))
+        lines.append(f"{s.side:<16} {s.streams:>7}  {' '.join(cells)}".rstrip())
     return "\n".join(lines)
 
 
@@ -69,9 +72,11 @@ def as_json(
                 "streams": s.streams,
                 "tokens_per_s": asdict(s.tokens_per_s),
                 "step_ms": asdict(s.step_ms),
+                "cpu_ms_per_token": asdict(s.cpu_ms_per_token),
                 "rounds": [
                     {
                         "wall_s": round(run.wall_s, 4),
+                        "cpu_s": round(run.cpu_s, 4),
                         "output_tokens": run.output_tokens,
                         "tokens_per_s": round(run.tokens_per_s, 2),
                         "step_ms": round(run.step_ms, 3),

@@ -92,7 +92,7 @@ RECIPES = {
         learning_rate=2e-3,
         loraplus_ratio=None,
         steps=100,
-        prompt="Define LOVE:",
+        prompt="Define COMPUTER:",
         note="Trained on the 16-bit base, on query and value only.",
     ),
     "jargon": Recipe(

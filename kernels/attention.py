@@ -1,63 +1,270 @@
-"""Paged attention over a block-table KV cache: writing keys and values, and attending over them."""
+"""Paged attention over a KV cache in blocks: the operators `lorikeet::kv_write_` and `lorikeet::paged_attention`.
+
+This file owns their schemas, their contract (the fakes run the same checks as the implementations) and the choice of
+the implementation by device: `attention_cpu` in batched torch calls, `attention_triton` on CUDA. The oracle of both is
+`attention_reference`. Called on the step thread, once a layer, with the same step tensors for all layers.
+
+The step, by example: block_size 4, sequence 0 in the middle of its prompt (rows 0 to 2 of the flat batch are its
+positions 3 to 5), sequence 1 decoding its tenth token:
+
+    query_starts  [0, 3, 4]
+    context_lens  [6, 10]                       including this step's tokens
+    block_tables  [[7, 2, -], [0, 5, 3]]        position p of n is in block block_tables[n, p // 4], at offset p % 4
+    kv_slots      [31, 8, 9, 13]                block * 4 + offset of each row: 7*4+3, 2*4+0, 2*4+1, 3*4+1
+
+Entries of the cache that were never written, and table entries past the context, may hold anything: they are masked so
+that not even a NaN there shows.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import attention_cpu
+from .contract import check
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
-    """CPU path."""
-    keep = kv_slots >= 0
-    if not bool(keep.all()):
-        k, v, kv_slots = k[keep], v[keep], kv_slots[keep]
-    k_cache.flatten(1, 2).index_copy_(1, kv_slots, k.transpose(0, 1))
-    v_cache.flatten(1, 2).index_copy_(1, kv_slots, v.transpose(0, 1))
+    """Writes the keys and values of a step's tokens into the cache, in place.
+
+    Args:
+        k: [num_tokens, num_kv_heads, head_dim], any strides.
+        v: as `k`.
+        k_cache: [num_kv_heads, num_blocks, block_size, head_dim], contiguous, dtype of `k`. Mutated.
+        v_cache: as `k_cache`. Mutated.
+        kv_slots: int64 [num_tokens], block * block_size + offset in the block, all different; -1: the token is skipped.
+
+    Raises:
+        RuntimeError: a shape, dtype or layout is not as above.
+    """
+    # On a CPU the dispatcher and the checks would take 20 us of a call of 50, and plain torch can't corrupt memory.
+    if k.is_cpu and not torch.compiler.is_compiling():
+        attention_cpu.kv_write_(k, v, k_cache, v_cache, kv_slots)
+    else:
+        torch.ops.lorikeet.kv_write_.default(k, v, k_cache, v_cache, kv_slots)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, max_query_len: int, max_context_len: int, scale: float, window: int, softcap: float) -> Tensor:
-    """CPU path."""
-    heads, size, dim = k_cache.shape[0], k_cache.shape[2], k_cache.shape[3]
-    group = q.shape[1] // heads
-    out = torch.empty(q.shape, dtype=q.dtype)
-    starts, lens = query_starts.tolist(), context_lens.tolist()
-    single = [n for n in range(len(lens)) if starts[n + 1] - starts[n] == 1]
-    for n in range(len(lens)):
-        if starts[n + 1] - starts[n] == 1:
-            continue
-        a, b, length = starts[n], starts[n + 1], lens[n]
-        blocks = block_tables[n, : -(-length // size)].long()
-        k = k_cache.index_select(1, blocks).view(heads, -1, dim)[:, :length]
-        v = v_cache.index_select(1, blocks).view(heads, -1, dim)[:, :length]
-        rows = q[a:b].view(b - a, heads, group, dim).permute(1, 2, 0, 3).reshape(heads, group * (b - a), dim)
-        position = torch.arange(length - (b - a), length)[:, None]
-        key = torch.arange(length)[None]
-        ok = key <= position
-        if window:
-            ok &= key > position - window
-        ok = ok.repeat(group, 1)
-        y = _attend(rows, k, v, ok, scale, softcap)
-        out[a:b] = y.view(heads, group, b - a, dim).permute(2, 0, 1, 3).reshape(b - a, heads * group, dim)
-    if single:
-        longest = max(lens[n] for n in single)
-        nb = -(-longest // size)
-        blocks = block_tables[single, :nb].long()
-        rows_i = [starts[n] for n in single]
-        k = k_cache.index_select(1, blocks.flatten()).view(heads, len(single), nb * size, dim)
-        v = v_cache.index_select(1, blocks.flatten()).view(heads, len(single), nb * size, dim)
-        rows = q[rows_i].view(len(single), heads, group, dim).transpose(0, 1)
-        key = torch.arange(nb * size)[None]
-        length_t = torch.tensor([lens[n] for n in single])[:, None]
-        ok = key < length_t
-        if window:
-            ok &= key >= length_t - window
-        y = _attend(rows, k, v.masked_fill(~ok[None, :, :, None], 0) if not bool(ok.all()) else v, ok[None, :, None, :], scale, softcap)
-        out[rows_i] = y.transpose(0, 1).reshape(len(single), heads * group, dim)
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Causal attention of each query row over its own sequence's cached keys, softmax in fp32.
+
+    Sequence n owns the query rows [query_starts[n], query_starts[n + 1]); the last of them is at position
+    context_lens[n] - 1. A sequence may own no row.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], float32, bfloat16 or float16, any strides; num_heads is a multiple of
+            num_kv_heads, and query head h reads kv head h // (num_heads / num_kv_heads).
+        k_cache: [num_kv_heads, num_blocks, block_size, head_dim], contiguous, dtype of `q`; holds this step's tokens
+            already. head_dim is a multiple of 8.
+        v_cache: as `k_cache`.
+        query_starts: int32 [num_seqs + 1], ascending from 0.
+        context_lens: int32 [num_seqs], tokens of each sequence, this step's included.
+        block_tables: int32 [num_seqs, max_blocks], contiguous.
+        max_query_len: no sequence owns more rows. 1 selects a decode kernel, so a graph captured with 1 must not be
+            replayed with more; beyond that it only tunes.
+        max_context_len: no context is longer. Only tunes.
+        scale: factor on q . k.
+        window: 0: off; else the query at position p sees keys p - window + 1 to p.
+        softcap: 0: off; else scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        [num_tokens, num_heads, head_dim], dtype of `q`, contiguous. Rows that no sequence owns are undefined.
+
+    Raises:
+        RuntimeError: a shape, dtype or layout is not as above.
+    """
+    # On a CPU the dispatcher is left out, as in `kv_write_`.
+    eager_cpu = q.is_cpu and not torch.compiler.is_compiling()
+    implementation = _paged_attention_cpu if eager_cpu else torch.ops.lorikeet.paged_attention.default
+    out: Tensor = implementation(
+        q,
+        k_cache,
+        v_cache,
+        query_starts,
+        context_lens,
+        block_tables,
+        max_query_len,
+        max_context_len,
+        scale,
+        window,
+        softcap,
+    )
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float, softcap: float) -> Tensor:
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill_(~ok, float("-inf")).softmax(-1).to(q.dtype)
-    return torch.matmul(weights, v)
+def _check_caches(x: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    check(x.dtype in _FLOATS, lambda: f"expected float32, bfloat16 or float16, got {x.dtype}")
+    check(x.dim() == 3, lambda: f"expected [num_tokens, heads, head_dim], got {tuple(x.shape)}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check(cache.dim() == 4, lambda n=name, c=cache: f"{n} has 4 dimensions, got {tuple(c.shape)}")
+        check(cache.is_contiguous(), lambda n=name, c=cache: f"{n} is contiguous, got strides {c.stride()}")
+        check(cache.dtype == x.dtype, lambda n=name, c=cache: f"{n} is {x.dtype} like its input, got {c.dtype}")
+    check(
+        k_cache.shape == v_cache.shape,
+        lambda: f"caches of one shape, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}",
+    )
+    check(x.shape[2] == k_cache.shape[3], lambda: f"head_dim of the cache is {k_cache.shape[3]}, got {x.shape[2]}")
+
+
+def _check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
+    _check_caches(k, k_cache, v_cache)
+    check(
+        k.shape == v.shape and k.dtype == v.dtype,
+        lambda: f"k and v alike, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}",
+    )
+    check(k.shape[1] == k_cache.shape[0], lambda: f"num_kv_heads of the cache is {k_cache.shape[0]}, got {k.shape[1]}")
+    check(
+        kv_slots.dtype == torch.int64 and kv_slots.shape == k.shape[:1],
+        lambda: f"kv_slots is int64 [{k.shape[0]}], got {kv_slots.dtype} {tuple(kv_slots.shape)}",
+    )
+
+
+def _check_paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    window: int,
+    softcap: float,
+) -> None:
+    _check_caches(q, k_cache, v_cache)
+    check(q.shape[2] % 8 == 0, lambda: f"head_dim is a multiple of 8, got {q.shape[2]}")
+    check(
+        q.shape[1] % k_cache.shape[0] == 0,
+        lambda: f"num_heads is a multiple of num_kv_heads {k_cache.shape[0]}, got {q.shape[1]}",
+    )
+    for name, table, dims in (
+        ("query_starts", query_starts, 1),
+        ("context_lens", context_lens, 1),
+        ("block_tables", block_tables, 2),
+    ):
+        check(
+            table.dtype == torch.int32 and table.dim() == dims and table.is_contiguous(),
+            lambda n=name, t=table, d=dims: (
+                f"{n} is int32, contiguous, of {d} dimension(s), got {t.dtype} {tuple(t.shape)}, strides {t.stride()}"
+            ),
+        )
+    num_seqs = context_lens.shape[0]
+    check(
+        query_starts.shape[0] == num_seqs + 1 and block_tables.shape[0] == num_seqs,
+        lambda: (
+            f"query_starts [{num_seqs + 1}] and block_tables [{num_seqs}, ...] for {num_seqs} context_lens, "
+            f"got {tuple(query_starts.shape)} and {tuple(block_tables.shape)}"
+        ),
+    )
+    check(window >= 0 and softcap >= 0, lambda: f"window and softcap >= 0, got {window} and {softcap}")
+
+
+def _kv_write_fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
+    _check_kv_write(k, v, k_cache, v_cache, kv_slots)
+
+
+def _kv_write_cpu(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
+    _check_kv_write(k, v, k_cache, v_cache, kv_slots)
+    attention_cpu.kv_write_(k, v, k_cache, v_cache, kv_slots)
+
+
+def _kv_write_cuda(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
+    from . import attention_triton  # CPU-only installs have no Triton
+
+    _check_kv_write(k, v, k_cache, v_cache, kv_slots)
+    with torch.cuda.device_of(k):  # Triton launches on the current device, whatever its arguments are on
+        attention_triton.kv_write_(k, v, k_cache, v_cache, kv_slots)
+
+
+def _paged_attention_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    return q.new_empty(q.shape)
+
+
+def _paged_attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    return attention_cpu.paged_attention(
+        q, k_cache, v_cache, query_starts, context_lens, block_tables, scale, window, softcap
+    )
+
+
+def _paged_attention_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    from . import attention_triton  # CPU-only installs have no Triton
+
+    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
+        return attention_triton.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            query_starts,
+            context_lens,
+            block_tables,
+            max_query_len,
+            max_context_len,
+            scale,
+            window,
+            softcap,
+        )
+
+
+torch.library.define(
+    "lorikeet::kv_write_", "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_slots) -> ()"
+)
+torch.library.define(
+    "lorikeet::paged_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lens, Tensor block_tables, "
+    "SymInt max_query_len, SymInt max_context_len, float scale, int window, float softcap) -> Tensor",
+)
+torch.library.impl("lorikeet::kv_write_", "CPU", _kv_write_cpu)
+torch.library.impl("lorikeet::kv_write_", "CUDA", _kv_write_cuda)
+torch.library.register_fake("lorikeet::kv_write_", _kv_write_fake)
+torch.library.impl("lorikeet::paged_attention", "CPU", _paged_attention_cpu)
+torch.library.impl("lorikeet::paged_attention", "CUDA", _paged_attention_cuda)
+torch.library.register_fake("lorikeet::paged_attention", _paged_attention_fake)

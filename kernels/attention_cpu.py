@@ -1,41 +1,71 @@
-"""Paged attention for CPU: decodes of similar context run as one batch, prefill chunks one by one in query tiles.
+"""Paged attention for CPU: decodes of a step run in a few batches, other sequences one by one in tiles of query rows.
 
-The query heads of a group are rows of one matmul over their shared KV head. Repeating KV instead (`enable_gqa`) takes
-five times as long at 9 heads over 3 and 80 to 200 tokens.
+The query heads that share a KV head are rows of one matmul; repeating KV for them instead (`enable_gqa`) takes five
+times as long at 9 heads over 3. Everything is computed in fp32: the gathered copies of K and V are converted, which
+costs less than 16-bit matmuls of a few rows do without AVX512-BF16, and rounds once.
+
+Which rows, blocks and masks a step needs is the same for all its layers. It is planned by `_plan`, a pure function of
+the *values* of the step's tables that remembers its last results, so it can't be stale however the tables were filled.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Decodes share a batch while the shortest context is within this many tokens, or within a quarter, of the longest:
-# what is gathered beyond a context's end is wasted.
-_CONTEXT_SLACK = 32
-# Elements of K that a batch of decodes gathers at most, so that K, V and scores stay in the last-level cache.
-_MAX_GATHERED = 1 << 20
-# Query rows of a chunk that attend together. A tile skips the keys after its last row and before its first row's
-# window.
-_QUERY_TILE = 256
+# Elements of K that a batch gathers at most: with V and the scores it then stays in the last-level cache, and the heap
+# gives the same pages again instead of mapping new ones.
+_MAX_GATHERED = 1 << 19
+# A batch of decodes ends where padding the next sequence to its longest would gather more elements of K for nothing
+# than the calls of another batch are worth.
+_MAX_PADDING = 1 << 15
+# Query rows of a prefill chunk that attend together; each such tile computes only the keys that one of its rows sees.
+_TILE_ROWS = 64
+# A step has one plan for each window size among the layers.
+_REMEMBERED_PLANS = 4
 
 
-class _Sequence(NamedTuple):
-    """A sequence of the step: its index, its query rows [start, end) and its context length."""
+class _Decodes(NamedTuple):
+    """Single-row sequences that run as one batch of B, padded to L gathered positions each.
 
-    index: int
+    Attributes:
+        rows: int64 [B], their rows of the flat step batch.
+        blocks: int64 [num_kv_heads * B * L / block_size], rows of the cache seen as [num_kv_heads * num_blocks, ...].
+        bias: float32 [num_kv_heads * B, 1, L], 0 where the key is visible and -inf elsewhere.
+        hidden: int64 [n], which of the B * L positions are not visible, or None where all are.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    bias: Tensor
+    hidden: Tensor | None
+
+
+class _Chunk(NamedTuple):
+    """A sequence with several rows.
+
+    Attributes:
+        start: first row of the flat step batch.
+        end: row after the last.
+        blocks: int64, as in `_Decodes`, of the blocks that hold the visible keys.
+        position: of row `start` among the gathered keys.
+        first: first gathered key that row `start` sees.
+    """
+
     start: int
     end: int
-    context_len: int
+    blocks: Tensor
+    position: int
+    first: int
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
     """See `attention.kv_write_`."""
-    if kv_slots.numel() == 0:
-        return
-    if int(kv_slots.min()) < 0:
+    if kv_slots.shape[0] > 0 and int(kv_slots.min()) < 0:
         kept = (kv_slots >= 0).nonzero().squeeze(1)
-        k, v, kv_slots = k[kept], v[kept], kv_slots[kept]
+        k, v, kv_slots = k.index_select(0, kept), v.index_select(0, kept), kv_slots.index_select(0, kept)
     k_cache.flatten(1, 2).index_copy_(1, kv_slots, k.transpose(0, 1))
     v_cache.flatten(1, 2).index_copy_(1, kv_slots, v.transpose(0, 1))
 
@@ -52,125 +82,145 @@ def paged_attention(
     softcap: float,
 ) -> Tensor:
     """See `attention.paged_attention`."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    starts = query_starts.tolist()
-    decodes: list[_Sequence] = []
-    for index, context_len in enumerate(context_lens.tolist()):
-        sequence = _Sequence(index, starts[index], starts[index + 1], context_len)
-        num_queries = sequence.end - sequence.start
-        if num_queries == 0 or context_len == 0:
-            continue
-        if num_queries == 1:
-            decodes.append(sequence)
-        else:
-            _prefill(out, q, k_cache, v_cache, sequence, block_tables, scale, window, softcap)
-    if decodes:
-        num_kv_heads, _, _, head_dim = k_cache.shape
-        max_tokens = _MAX_GATHERED // (num_kv_heads * head_dim)
-        for batch in _batches(decodes, window, max_tokens):
-            _decode(out, q, k_cache, v_cache, batch, block_tables, scale, window, softcap)
+    decodes, chunks = _plan(
+        query_starts.numpy().tobytes(),
+        context_lens.numpy().tobytes(),
+        block_tables.numpy().tobytes(),
+        tuple(k_cache.shape),
+        window,
+    )
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for batch in decodes:
+        _attend_decodes(out, q, k_cache, v_cache, batch, scale, softcap)
+    for chunk in chunks:
+        _attend_chunk(out, q, k_cache, v_cache, chunk, scale, window, softcap)
     return out
 
 
-def _batches(decodes: list[_Sequence], window: int, max_tokens: int) -> list[list[_Sequence]]:
-    """Splits decodes into batches of similar numbers of visible keys, longest first."""
-    def visible(sequence: _Sequence) -> int:
-        return min(sequence.context_len, window) if window > 0 else sequence.context_len
+def _attend_decodes(
+    out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Decodes, scale: float, softcap: float
+) -> None:
+    num_kv_heads, _, _, head_dim = k_cache.shape
+    count = batch.rows.shape[0]
+    keys, values = _gather(k_cache, batch.blocks), _gather(v_cache, batch.blocks)
+    if batch.hidden is not None:
+        # -inf + NaN and 0 * NaN are NaN, so what nobody sees must not hold one.
+        keys.view(num_kv_heads, -1, head_dim).index_fill_(1, batch.hidden, 0)
+        values.view(num_kv_heads, -1, head_dim).index_fill_(1, batch.hidden, 0)
+    shape = (num_kv_heads * count, -1, head_dim)
+    queries = q.index_select(0, batch.rows).view(count, num_kv_heads, -1, head_dim).transpose(0, 1).float()
+    keys_t = keys.view(shape).transpose(1, 2)
+    if softcap:
+        scores = torch.bmm(queries.reshape(shape), keys_t)
+        scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(batch.bias)
+    else:
+        scores = torch.baddbmm(batch.bias, queries.reshape(shape), keys_t, alpha=scale)
+    result = torch.bmm(scores.softmax(-1), values.view(shape)).view(num_kv_heads, count, -1, head_dim)
+    out.index_copy_(0, batch.rows, result.transpose(0, 1).reshape(count, -1, head_dim).to(out.dtype))
 
-    batches: list[list[_Sequence]] = []
-    longest = 0
-    for sequence in sorted(decodes, key=visible, reverse=True):
-        fits = longest - visible(sequence) <= max(_CONTEXT_SLACK, longest // 4)
-        if batches and fits and (len(batches[-1]) + 1) * longest <= max_tokens:
-            batches[-1].append(sequence)
-        else:
-            longest = visible(sequence)
-            batches.append([sequence])
-    return batches
 
-
-def _decode(
+def _attend_chunk(
     out: Tensor,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    batch: list[_Sequence],
-    block_tables: Tensor,
+    chunk: _Chunk,
     scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """Attends with the one query row of each of a batch of sequences."""
-    num_kv_heads, _, block_size, head_dim = k_cache.shape
-    count = len(batch)
-    context_lens = torch.tensor([sequence.context_len for sequence in batch])
-    firsts = (context_lens - window).clamp_(min=0) if window > 0 else torch.zeros_like(context_lens)
-    lengths = context_lens - firsts
-    steps = torch.arange(int(lengths.max()))
-    # A context that ends before the batch's longest repeats its last key. Masking alone would not do: what lies behind
-    # the end belongs to others and may be NaN, and 0 * NaN would reach this sequence.
-    positions = torch.minimum(steps + firsts[:, None], context_lens[:, None] - 1)
-    tables = block_tables if count == len(block_tables) else block_tables[[sequence.index for sequence in batch]]
-    slots = (tables.gather(1, positions // block_size) * block_size + positions % block_size).flatten()
-    keys = _gather(k_cache, slots).view(num_kv_heads, count, -1, head_dim).transpose(0, 1)
-    values = _gather(v_cache, slots).view(num_kv_heads, count, -1, head_dim).transpose(0, 1)
-    mask = None if bool((lengths == len(steps)).all()) else (steps < lengths[:, None])[:, None, None, :]
-    rows = torch.tensor([sequence.start for sequence in batch])
-    queries = q.index_select(0, rows).view(count, num_kv_heads, -1, head_dim)
-    out.index_copy_(0, rows, _attend(queries, keys, values, mask, scale, softcap).reshape(count, -1, head_dim))
+    num_kv_heads, _, _, head_dim = k_cache.shape
+    keys = _gather(k_cache, chunk.blocks).view(num_kv_heads, -1, head_dim)
+    values = _gather(v_cache, chunk.blocks).view(num_kv_heads, -1, head_dim)
+    for start in range(chunk.start, chunk.end, _TILE_ROWS):
+        end = min(start + _TILE_ROWS, chunk.end)
+        rows = end - start
+        # All of [low, high) is seen by some row of the tile, so all of it was written.
+        position = chunk.position + start - chunk.start
+        low = max(chunk.first, position - window + 1) if window else chunk.first
+        high = position + rows
+        queries = q[start:end].float().view(rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        queries = (queries * scale).reshape(num_kv_heads, -1, head_dim)
+        scores = torch.bmm(queries, keys[:, low:high].transpose(1, 2))
+        if softcap:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        # Row i of the tile is at `position + i`; the view has one [rows, keys] matrix for each query head.
+        by_head = scores.view(num_kv_heads, -1, rows, high - low)
+        by_head[..., position - low :].add_(torch.full((rows, rows), -torch.inf).triu_(1))
+        if window:
+            # The first row that doesn't see key `low` any more is the one at low + window.
+            visible_from = position - window + 1 - low
+            by_head.add_(torch.full((rows, high - low), -torch.inf).tril_(visible_from - 1))
+        result = torch.bmm(scores.softmax(-1), values[:, low:high]).view(num_kv_heads, -1, rows, head_dim)
+        out[start:end] = result.permute(2, 0, 1, 3).reshape(rows, -1, head_dim)
 
 
-def _prefill(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    sequence: _Sequence,
-    block_tables: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> None:
-    """Attends with the query rows of one sequence's chunk."""
-    num_kv_heads, _, block_size, head_dim = k_cache.shape
-    offset = sequence.context_len - sequence.end  # position of a query = its row + offset
-    first = max(0, sequence.start + offset - window + 1) if window > 0 else 0
-    positions = torch.arange(first, sequence.context_len)
-    table = block_tables[sequence.index]
-    slots = table[positions // block_size] * block_size + positions % block_size
-    keys, values = _gather(k_cache, slots)[:, None], _gather(v_cache, slots)[:, None]
-    for start in range(sequence.start, sequence.end, _QUERY_TILE):
-        end = min(start + _QUERY_TILE, sequence.end)
-        low = max(0, start + offset - window + 1) if window > 0 else 0
-        seen = slice(low - first, end + offset - first)
-        query_positions = torch.arange(start + offset, end + offset)[:, None]
-        key_positions = torch.arange(low, end + offset)
-        mask = key_positions <= query_positions
-        if window > 0:
-            mask &= key_positions > query_positions - window
-        queries = q[start:end].view(end - start, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        group = queries.shape[1]
-        tile = _attend(
-            queries,
-            keys[:, :, seen].expand(-1, group, -1, -1),
-            values[:, :, seen].expand(-1, group, -1, -1),
-            mask,
-            scale,
-            softcap,
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """A float32 copy of some blocks of all heads: [len(blocks), block_size * head_dim]."""
+    num_kv_heads, num_blocks, block_size, head_dim = cache.shape
+    # Along dimension 0 a block is one contiguous copy; index_select along another costs twice as much.
+    return cache.view(num_kv_heads * num_blocks, block_size * head_dim).index_select(0, blocks).float()
+
+
+@lru_cache(maxsize=_REMEMBERED_PLANS)
+def _plan(
+    query_starts: bytes, context_lens: bytes, block_tables: bytes, cache_shape: tuple[int, int, int, int], window: int
+) -> tuple[list[_Decodes], list[_Chunk]]:
+    """What to gather, for all layers of one step; int32 tables as bytes, so that equal values are equal keys."""
+    num_kv_heads, num_blocks, block_size, _ = cache_shape
+    starts = np.frombuffer(query_starts, np.int32).astype(np.int64)
+    contexts = np.frombuffer(context_lens, np.int32).astype(np.int64)
+    tables = np.frombuffer(block_tables, np.int32).reshape(len(contexts), -1) if len(contexts) else np.zeros((0, 0))
+    heads = np.arange(num_kv_heads)[:, None] * num_blocks
+    rows = np.diff(starts)
+    # First key that any row of the sequence sees, and the blocks [begins, ends) from there to the end of the context.
+    firsts = np.maximum(contexts - rows - window + 1, 0) if window else np.zeros_like(contexts)
+    begins, ends = firsts // block_size, -(-contexts // block_size)
+
+    chunks = []
+    for n in np.flatnonzero(rows > 1).tolist():
+        base = int(begins[n]) * block_size
+        chunks.append(
+            _Chunk(
+                start=int(starts[n]),
+                end=int(starts[n + 1]),
+                blocks=torch.from_numpy((heads + tables[n, begins[n] : ends[n]]).reshape(-1)),
+                position=int(contexts[n] - rows[n]) - base,
+                first=int(firsts[n]) - base,
+            )
         )
-        out[start:end] = tile.permute(2, 0, 1, 3).reshape(end - start, -1, head_dim)
+
+    decodes = []
+    for batch in _batches(np.flatnonzero(rows == 1), ends - begins, num_kv_heads * block_size * cache_shape[3]):
+        count, longest = len(batch), int((ends - begins)[batch[0]])
+        # Past its end a sequence repeats its last block: a table's further entries may be anything.
+        columns = np.minimum(begins[batch, None] + np.arange(longest), ends[batch, None] - 1)
+        blocks = tables[batch[:, None], columns].reshape(-1)
+        positions = begins[batch, None] * block_size + np.arange(longest * block_size)
+        hidden = (positions < firsts[batch, None]) | (positions >= contexts[batch, None])
+        bias = np.where(hidden, -np.inf, 0).astype(np.float32)
+        decodes.append(
+            _Decodes(
+                rows=torch.from_numpy(starts[batch]),
+                blocks=torch.from_numpy((heads + blocks).reshape(-1)),
+                bias=torch.from_numpy(np.tile(bias, (num_kv_heads, 1)).reshape(num_kv_heads * count, 1, -1)),
+                hidden=torch.from_numpy(np.flatnonzero(hidden)) if hidden.any() else None,
+            )
+        )
+    return decodes, chunks
 
 
-def _gather(cache: Tensor, slots: Tensor) -> Tensor:
-    """Returns the keys or values at kv_slots [n]: [num_kv_heads, n, head_dim]."""
-    return cache.flatten(1, 2).index_select(1, slots)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Attends with q [A, B, n, D] over k and v [A, B, m, D]; mask: True = visible, broadcast to [A, B, n, m]."""
-    if softcap == 0:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = torch.matmul(q.float(), k.float().transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
-    if mask is not None:
-        scores.masked_fill_(~mask, float("-inf"))
-    return torch.matmul(scores.softmax(dim=-1), v.float()).to(q.dtype)
+def _batches(sequences: np.ndarray, num_blocks: np.ndarray, block_elements: int) -> list[np.ndarray]:
+    """Splits sequences into batches of similar numbers of blocks, longest first."""
+    ordered = sequences[np.argsort(-num_blocks[sequences], kind="stable")]
+    lengths = num_blocks[ordered].tolist()
+    batches = []
+    begin = padding = 0
+    for i, length in enumerate(lengths):
+        padding += (lengths[begin] - length) * block_elements
+        if i > begin and (padding > _MAX_PADDING or (i - begin + 1) * lengths[begin] * block_elements > _MAX_GATHERED):
+            batches.append(ordered[begin:i])
+            begin, padding = i, 0
+    if lengths:
+        batches.append(ordered[begin:])
+    return batches

@@ -1,18 +1,21 @@
-"""Paged attention in plain fp32 torch, one sequence and one query head at a time: the oracle of the tests."""
+"""Paged attention in plain fp32 torch: one sequence, one head and one query row at a time.
+
+The oracle of the tests and the baseline of the benchmarks. Written to be obviously right: it loops, it reads the tables
+back to the host, and it shares no code with the implementations that it judges.
+"""
 
 import torch
 from torch import Tensor
 
 
 def kv_write_reference_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
-    """Writes token by token; see `attention.kv_write_` for the arguments."""
+    """Writes each token to its place in the cache; see `attention.kv_write_` for the arguments."""
     block_size = k_cache.shape[2]
-    for t in range(len(kv_slots)):
-        slot = int(kv_slots[t])
-        if slot >= 0:
-            block, position = divmod(slot, block_size)
-            k_cache[:, block, position] = k[t]
-            v_cache[:, block, position] = v[t]
+    for t, slot in enumerate(kv_slots.tolist()):
+        if slot < 0:
+            continue
+        k_cache[:, slot // block_size, slot % block_size] = k[t]
+        v_cache[:, slot // block_size, slot % block_size] = v[t]
 
 
 def paged_attention_reference(
@@ -26,26 +29,26 @@ def paged_attention_reference(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """Computes softmax(q k^T) v over each sequence's own keys; see `attention.paged_attention` for the arguments."""
-    num_kv_heads, _, block_size, head_dim = k_cache.shape
+    """Computes `softmax(q . K^T * scale) . V` over the visible keys; see `attention.paged_attention` for the arguments.
+
+    Returns:
+        [num_tokens, num_heads, head_dim], float32. Rows that no sequence owns are zero.
+    """
+    num_kv_heads, _, block_size, _ = k_cache.shape
     group = q.shape[1] // num_kv_heads
-    out = torch.zeros_like(q)
-    for n in range(len(context_lens)):
-        start, end, context_len = int(query_starts[n]), int(query_starts[n + 1]), int(context_lens[n])
-        if start == end or context_len == 0:
-            continue
-        blocks = block_tables[n, : -(-context_len // block_size)].long()
-        key_positions = torch.arange(context_len, device=q.device)
-        query_positions = torch.arange(context_len - (end - start), context_len, device=q.device)[:, None]
-        visible = key_positions <= query_positions
-        if window > 0:
-            visible &= key_positions > query_positions - window
-        for head in range(q.shape[1]):
-            keys = k_cache[head // group, blocks].reshape(-1, head_dim)[:context_len].float()
-            values = v_cache[head // group, blocks].reshape(-1, head_dim)[:context_len].float()
-            scores = (q[start:end, head].float() @ keys.T) * scale
-            if softcap > 0:
-                scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-            out[start:end, head] = (weights @ values).to(q.dtype)
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    for n, context_len in enumerate(context_lens.tolist()):
+        start, end = int(query_starts[n]), int(query_starts[n + 1])
+        for row in range(start, end):
+            position = context_len - (end - row)
+            first = max(0, position - window + 1) if window else 0
+            keys = torch.arange(first, position + 1, device=q.device)
+            blocks, offsets = block_tables[n, keys // block_size].long(), keys % block_size
+            for head in range(q.shape[1]):
+                k = k_cache[head // group, blocks, offsets].float()
+                v = v_cache[head // group, blocks, offsets].float()
+                scores = k @ q[row, head].float() * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[row, head] = scores.softmax(0) @ v
     return out

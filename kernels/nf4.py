@@ -1,9 +1,9 @@
 """NF4 linear: y = x . dequant(W)^T + bias, on bitsandbytes' kernels.
 
-The weight is held un-nested: 4-bit codes and one fp32 absmax per block of 64. Double quantization has been applied to the
-absmax values (they are what a QLoRA base has, value for value), but its constants are stored expanded, because each
-weight has its own second-level offset and stacked weights (q/k/v) must share one launch. Cost: 4.5 instead of 4.127 bits
-a weight.
+The weight is held un-nested: 4-bit codes and one fp32 absmax per block of 64. Double quantization has been applied to
+the absmax values (they are what a QLoRA base has, value for value), but its constants are stored expanded, because each
+weight has its own second-level offset and stacked weights (q/k/v) must share one launch. Cost: 4.5 instead of 4.127
+bits a weight.
 
 Which implementation runs:
 - CUDA: `bitsandbytes::gemm_4bit` (fused for few rows, dequantize + matmul for many; bitsandbytes >= 0.50).
@@ -54,7 +54,8 @@ class NF4Weight:
         if self.cpu_state is not None:
             raise ValueError("this weight was repacked for the fused CPU kernel and has no canonical codes any more")
         shape = (self.out_features, self.in_features)
-        return torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.absmax, BLOCK, "nf4", shape, dtype)
+        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.absmax, BLOCK, "nf4", shape, dtype)
+        return values
 
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +75,9 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def unnest_absmax(state: bnb.QuantState) -> Tensor:
     """The fp32 absmax of a bitsandbytes state, nested or not: [number of blocks]."""
     if not state.nested:
-        return state.absmax.reshape(-1).float()
-    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        flat: Tensor = state.absmax.reshape(-1).float()
+        return flat
+    absmax: Tensor = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return absmax.reshape(-1).float()
 
 
@@ -103,7 +105,7 @@ def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weig
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """x . W^T + bias.
+    """Compute x . W^T + bias.
 
     Args:
         x: [T, in_features], compute dtype, same device as the weight.

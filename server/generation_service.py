@@ -22,6 +22,9 @@ from .event_stream import EventBridge, EventStream
 from .interceptors import Context, current_request_id
 from .prompts import PromptEncoder
 
+# gRPC's clock for a deadline and ours may differ by this much.
+DEADLINE_SLACK_S = 0.05
+
 
 class EngineClient(Protocol):
     """What is used of the engine; both may be called on any thread and return at once."""
@@ -117,6 +120,7 @@ class GenerationService(GenerationServiceServicer):
         events = EventStream()
         # Clients choose request ids freely; the engine's are unique.
         engine_id = f"{current_request_id.get()}#{next(self._numbers)}"
+        deadline = _deadline(context)
         try:
             self._engine.submit(
                 Request(
@@ -125,7 +129,7 @@ class GenerationService(GenerationServiceServicer):
                     params=params,
                     adapter=version,
                     emit=self._bridge.deliver_to(events),
-                    deadline=_deadline(context),
+                    deadline=deadline,
                     arrival=arrival,
                 )
             )
@@ -140,7 +144,9 @@ class GenerationService(GenerationServiceServicer):
         try:
             yield Admitted(version, len(prompt), events)
         finally:
-            if not events.ended:
+            # A call that gRPC cancels because its deadline has come is left to the engine, which knows the deadline and
+            # counts the request as late; aborted, it would count as cancelled.
+            if not events.ended and (deadline is None or time.monotonic() < deadline - DEADLINE_SLACK_S):
                 self._engine.abort(engine_id)
             structlog.contextvars.bind_contextvars(**events.summary(arrival))
 

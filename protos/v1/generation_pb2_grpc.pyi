@@ -36,10 +36,10 @@ class GenerationServiceStub:
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
       INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
       NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY
+      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
       UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
       DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
-      INTERNAL            INTERNAL (the message carries the request id to look for in the server's log)
+      INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
     """
 
     @_typing.overload
@@ -64,10 +64,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
       INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
       NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY
+      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
       UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
       DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
-      INTERNAL            INTERNAL (the message carries the request id to look for in the server's log)
+      INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,10 +88,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
       INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
       NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY
+      RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
       UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
       DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
-      INTERNAL            INTERNAL (the message carries the request id to look for in the server's log)
+      INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
     """
 
     @_abc_1.abstractmethod

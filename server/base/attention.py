@@ -75,7 +75,7 @@ def paged_attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
+    """Transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None)."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = paged.cache.keys[layer], paged.cache.values[layer]
     ops.kv_write_(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, paged.kv_slots)

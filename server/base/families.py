@@ -35,7 +35,7 @@ def check_servable(config: PretrainedConfig) -> str:
     name = architectures[0] if architectures else type(config).__name__
     if config.is_encoder_decoder:
         raise _refused(name, "it is an encoder-decoder model; Lorikeet serves decoder-only models")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise _refused(name, "transformers has no causal language model for it; multimodal models are not served")
     if name != model_class.__name__ and architectures:

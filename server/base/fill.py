@@ -37,7 +37,7 @@ def fill_model(
         for raw_name, tensor in checkpoint.tensors():
             bar.update(tensor.nbytes)
             name = _parameter_name(raw_name, wanted, by_linear)
-            linear, _, leaf = name.rpartition(".")
+            linear = name.rpartition(".")[0]
             owner = linear if linear in by_linear else name.partition(".weight.")[0]
             if owner in by_linear:
                 plan, part = by_linear[owner]
@@ -111,8 +111,11 @@ def _write_weight(plan: SitePlan, part: str, tensor: Tensor, device: torch.devic
 def _complete(parts: dict[str, Tensor]) -> bool:
     state = any(k.startswith("weight.quant_state.") for k in parts)
     nested_ok = ("weight.nested_absmax" in parts) == ("weight.nested_quant_map" in parts)
-    return state and nested_ok and {"weight", "weight.absmax", "weight.quant_map"} <= set(parts) and (
-        "weight.nested_absmax" in parts or _not_nested(parts)
+    return (
+        state
+        and nested_ok
+        and {"weight", "weight.absmax", "weight.quant_map"} <= set(parts)
+        and ("weight.nested_absmax" in parts or _not_nested(parts))
     )
 
 
@@ -125,7 +128,7 @@ def _write_quantized(plan: SitePlan, part: str, parts: dict[str, Tensor], device
     state = bnb.QuantState.from_dict({k: v for k, v in parts.items()}, device=device)
     if state.quant_type != "nf4" or state.blocksize != BLOCK:
         raise BaseModelError(
-            f"{plan.parent}.{part} is quantized as {state.quant_type} in blocks of {state.blocksize}; nf4 in 64 is served."
+            f"{plan.parent}.{part} is {state.quant_type} in blocks of {state.blocksize}; nf4 in blocks of 64 is served."
         )
     _check_shape(plan, part, tuple(state.shape))
     _write_codes(plan, part, codes, unnest_absmax(state), device)
@@ -156,5 +159,3 @@ def _write_bias(plan: SitePlan, part: str, tensor: Tensor, device: torch.device,
         plan.bias = torch.zeros(sum(plan.widths), dtype=dtype, device=device)
     plan.bias[start:stop] = tensor.to(device=device, dtype=dtype)
     plan.missing.discard(f"{plan.parent}.{part}.bias")
-
-

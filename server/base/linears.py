@@ -1,10 +1,11 @@
 """The linears that replace transformers' own: NF4 weights, stacked where several read the same input.
 
-`StackedLinear` holds q/k/v (or gate/up) as one weight and one matmul; the model's attributes `q_proj`, `k_proj`, `v_proj`
-become `SliceLinear` views of it, so that transformers' forward runs unchanged.
+`StackedLinear` holds q/k/v (or gate/up) as one weight and one matmul; the model's attributes `q_proj`, `k_proj` and
+`v_proj` become `SliceLinear` views of it, so that transformers' forward runs unchanged.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,5 +75,4 @@ class SliceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., this slice's out_features], possibly a strided view."""
-        stack: StackedLinear = self._stack
-        return stack.take(self.index, x)
+        return cast(StackedLinear, self._stack).take(self.index, x)

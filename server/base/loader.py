@@ -77,7 +77,8 @@ def load_base(
 
 def _read_config(directory: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        return config
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise BaseModelError(
             f"transformers does not know the model in {directory}: its config.json names no architecture "

@@ -65,9 +65,7 @@ class NF4Cache:
 
     def write(self, model: nn.Module, plans: list[SitePlan]) -> None:
         """Store the filled model; a disk that is full or read-only is logged and otherwise ignored."""
-        tensors: dict[str, Tensor] = {
-            name: p.data for name, p in model.named_parameters() if p.device.type != "meta"
-        }
+        tensors: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters() if p.device.type != "meta"}
         for index, plan in enumerate(plans):
             parts = {"codes": plan.codes, "absmax": plan.absmax, "bias": plan.bias}
             tensors |= {f"sites.{index}.{key}": value for key, value in parts.items() if value is not None}

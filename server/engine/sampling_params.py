@@ -19,12 +19,13 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 is off.
         top_p: nucleus mass, in (0, 1]; 1 is off.
         min_p: drop tokens below min_p x the largest probability, in [0, 1]; 0 is off.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output, > 0; 1 is off.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output,
+            more than 0 to 100; 1 is off.
         presence_penalty: subtracted once from logits of tokens seen in the output, -2 to 2; 0 is off.
         frequency_penalty: subtracted per occurrence in the output, -2 to 2; 0 is off.
         seed: makes a sampled request repeatable; None draws a fresh seed.
         max_tokens: tokens to generate at most, >= 1.
-        min_tokens: no stop token or end-of-sequence before that many, 0 to max_tokens.
+        min_tokens: no stop token, stop string or end-of-sequence before that many, 0 to max_tokens.
         stop: stop strings; output is cut before the first one found (or after it with include_stop).
         stop_token_ids: token ids that end the request, beside the model's own.
         include_stop: whether the text keeps the stop string that ended it.

@@ -65,7 +65,7 @@ def base() -> BaseFingerprint:
     return BaseFingerprint("tiny-llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_adapter(tiny_llama: LlamaForCausalLM, peft_deltas: Callable[[Path], Deltas]) -> Callable[..., Deltas]:
     """save_adapter(config, directory, seed=0, dtype=float32): an adapter with random weights, saved by PEFT.
 
@@ -96,7 +96,7 @@ def save_adapter(tiny_llama: LlamaForCausalLM, peft_deltas: Callable[[Path], Del
     return save
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def peft_deltas(tiny_llama: LlamaForCausalLM) -> Callable[[Path], Deltas]:
     """peft_deltas(directory): what PEFT adds to each weight when it loads an adapter directory, in float32."""
 
@@ -112,7 +112,7 @@ def peft_deltas(tiny_llama: LlamaForCausalLM) -> Callable[[Path], Deltas]:
     return deltas
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def unpack(sites: SiteTable) -> Callable[..., Deltas]:
     """unpack(packed, start=0, data=None): the deltas B @ A as they lie in an arena."""
 
@@ -139,12 +139,19 @@ def unpack(sites: SiteTable) -> Callable[..., Deltas]:
     return deltas
 
 
-@pytest.fixture
-def lora_dir(tmp_path: Path, save_adapter: Callable[..., Deltas]) -> Path:
-    """A plain adapter on q_proj and down_proj, to be spoiled by tests."""
-    directory = tmp_path / "adapters" / "plain"
-    save_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"), directory)
+@pytest.fixture(scope="session")
+def plain_adapter(tmp_path_factory: pytest.TempPathFactory, save_adapter: Callable[..., Deltas]) -> Path:
+    """A plain adapter on q_proj and down_proj, made once."""
+    directory = tmp_path_factory.mktemp("plain")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    save_adapter(config, directory)
     return directory
+
+
+@pytest.fixture
+def lora_dir(tmp_path: Path, plain_adapter: Path) -> Path:
+    """A copy of the plain adapter at tmp_path/adapters/plain, to be spoiled by tests."""
+    return Path(shutil.copytree(plain_adapter, tmp_path / "adapters" / "plain"))
 
 
 @pytest.fixture

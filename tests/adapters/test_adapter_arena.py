@@ -59,7 +59,7 @@ def test_executing_compaction_moves_in_order_keeps_every_extent(entries):
         if start is not None:
             owner[start] = (number, size)
             cells[start : start + size] = [number] * size
-    for (start, (number, _)) in list(owner.items()):
+    for start, (number, _) in list(owner.items()):
         if entries[number][1]:
             allocator.free(start)
             del owner[start]

@@ -161,7 +161,9 @@ def test_null_target_modules_takes_what_the_file_has(lora_dir, edit_config, load
 
 
 def test_other_base_is_named_when_shapes_do_not_fit(lora_dir, edit_config):
-    other = SiteTable([Site(0, "model.layers.0.self_attn.q_proj", 0, 64, (Slice("model.layers.0.self_attn.q_proj", 64),))])
+    other = SiteTable(
+        [Site(0, "model.layers.0.self_attn.q_proj", 0, 64, (Slice("model.layers.0.self_attn.q_proj", 64),))]
+    )
     edit_config(lora_dir, base_model_name_or_path="meta-llama/Llama-3-8B", target_modules=None)
     with pytest.raises(AdapterIncompatibleError, match=r"trained for 'llama-3-8b'; this server's base is 'smollm2'"):
         load_checkpoint(lora_dir, other, BaseFingerprint("/models/SmolLM2"))
@@ -314,9 +316,7 @@ def test_pipe_or_directory_in_place_of_a_file_is_refused_without_waiting(name, l
 def test_adalora_with_wrong_singular_values_is_refused(tmp_path, save_adapter, edit_tensors, load):
     from peft import AdaLoraConfig
 
-    save_adapter(
-        AdaLoraConfig(init_r=3, target_modules=["q_proj"], total_step=5, task_type="CAUSAL_LM"), tmp_path
-    )
+    save_adapter(AdaLoraConfig(init_r=3, target_modules=["q_proj"], total_step=5, task_type="CAUSAL_LM"), tmp_path)
     load(tmp_path)
     edit_tensors(tmp_path, _add(f"{Q0}.lora_E", torch.ones(2, 1)))
     with pytest.raises(AdapterInvalidError, match=r"lora_E.*must be \[3, 1\]"):

@@ -177,7 +177,12 @@ def test_usual_patterns_are_accepted(pattern):
 
 
 def _targets(**kwargs):
-    fields = {"target_modules": ["q_proj"], "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    fields = {
+        "target_modules": ["q_proj"],
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
     return fields | kwargs
 
 

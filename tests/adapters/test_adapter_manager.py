@@ -74,7 +74,9 @@ def test_loaded_adapter_comes_to_the_device_with_its_weights(make_manager, lora_
     manager = make_manager()
     info = manager.load("plain")
     assert (info.state, info.tier, info.max_rank, info.bytes) == (AdapterState.READY, Tier.HOST, 4, PLAIN_BYTES)
-    assert info.slices == {"q_proj": (4, 2.0), "down_proj": (4, 2.0)} and info.source == "plain" and info.method == "LoRA"
+    assert (
+        info.slices == {"q_proj": (4, 2.0), "down_proj": (4, 2.0)} and info.source == "plain" and info.method == "LoRA"
+    )
     version = manager.resolve("plain")
     assert version.digest == info.digest
     slot = activate(manager, version)
@@ -196,7 +198,10 @@ def test_replaced_version_without_requests_is_freed_at_once(make_manager, lora_d
 
 BAD = {
     "dora": (AdapterIncompatibleError, lambda d, config, tensors: config(d, use_dora=True)),
-    "nan": (AdapterInvalidError, lambda d, config, tensors: tensors(d, lambda t: next(iter(t.values())).fill_(float("nan")))),
+    "nan": (
+        AdapterInvalidError,
+        lambda d, config, tensors: tensors(d, lambda t: next(iter(t.values())).fill_(float("nan"))),
+    ),
     "truncated": (
         AdapterInvalidError,
         lambda d, config, tensors: (d / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
@@ -317,9 +322,7 @@ def test_adapters_beyond_the_host_budget_are_read_again_off_the_step_thread(make
     assert all(name.startswith("adapter-") for name in readers)
 
 
-def test_folder_that_changed_after_eviction_fails_that_version_only(
-    make_manager, many, edit_config, tmp_path
-):
+def test_folder_that_changed_after_eviction_fails_that_version_only(make_manager, many, edit_config, tmp_path):
     manager = make_manager(host_budget_bytes=2 * PLAIN_BYTES)
     ready = threading.Event()
     manager.on_ready = ready.set
@@ -399,6 +402,20 @@ def test_failed_device_copy_fails_its_requests_and_nothing_else(make_manager, ma
     activate(manager, fine)
     end(manager, fine)
     manager.store.check_integrity()
+
+
+def test_death_of_the_loader_thread_is_told(make_manager, many, monkeypatch):
+    """A server that can bring in no adapter any more must not look alive."""
+    manager = make_manager()
+    died = []
+    manager.on_dead = died.append
+    manager.load("a0")
+    version = manager.resolve("a0")
+    monkeypatch.setattr(manager._registry, "claim_device", lambda *args: 1 / 0)
+    assert manager.try_activate(version) is None
+    wait_until(lambda: died, "the report")
+    assert isinstance(died[0], ZeroDivisionError)
+    manager.release(version)
 
 
 def test_scattered_memory_is_compacted_between_steps(make_manager, many, save_adapter, tmp_path, unpack):

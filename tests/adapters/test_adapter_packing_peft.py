@@ -19,7 +19,9 @@ REGEX = r".*\.layers\.[12]\.(self_attn|mlp)\.(q|up)_proj"
 
 
 def lora(**kwargs):
-    return LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | kwargs))
+    return LoraConfig(
+        task_type="CAUSAL_LM", **({"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | kwargs)
+    )
 
 
 def adalora(**kwargs):
@@ -170,7 +172,9 @@ def test_zero_in_some_modules_only_is_served(lora_dir, edit_tensors, sites, base
 
 
 def test_value_too_large_for_the_arena_type_is_refused_by_tensor(lora_dir, edit_tensors, sites, base):
-    edit_tensors(lora_dir, lambda tensors: tensors.update({n: t.fill_(5e4) for n, t in tensors.items() if "lora_B" in n}))
+    edit_tensors(
+        lora_dir, lambda tensors: tensors.update({n: t.fill_(5e4) for n, t in tensors.items() if "lora_B" in n})
+    )
     checkpoint = load_checkpoint(lora_dir, sites, base)
     with pytest.raises(AdapterIncompatibleError, match=r"lora_B.*float16"):
         pack_adapter(checkpoint, sites, dtype=torch.float16, pin_memory=False)

@@ -1,10 +1,11 @@
-"""The folder watcher: what appears is loaded, what changes is replaced, what goes is unloaded, and only when complete."""
+"""The folder watcher: what appears is loaded, what changes replaced, what goes unloaded, and only when complete."""
 
 import shutil
 import threading
 import time
 
 import pytest
+from lorikeet.adapters import watcher as watcher_module
 from lorikeet.adapters.info import AdapterState
 from lorikeet.adapters.watcher import AdapterWatcher
 
@@ -55,6 +56,10 @@ def scan_until_quiet(watcher):
 
 def states(manager):
     return {info.adapter_id: info.state for info in manager.list()}
+
+
+def ready_ids(manager):
+    return [info.adapter_id for info in manager.list() if info.state is AdapterState.READY]
 
 
 def is_ready(manager, adapter_id):
@@ -215,11 +220,22 @@ def test_adapter_loaded_from_elsewhere_survives_the_end_of_the_folder_of_its_nam
     shutil.copytree(source, roots[0] / "a")
     shutil.copytree(source, roots[0] / "b")
     edit_config(roots[0] / "b", lora_alpha=7)
-    scan_until(watcher, lambda: len(states(manager)) == 2, "the folders")
+    scan_until(watcher, lambda: ready_ids(manager) == ["a", "b"], "the folders")
     digest = manager.load("a", roots[0] / "b").digest
     shutil.rmtree(roots[0] / "a")
     scan_until_quiet(watcher)
     assert manager.get("a").digest == digest
+
+
+def test_same_content_loaded_from_elsewhere_survives_too(watch, roots, source):
+    manager, watcher = watch()
+    shutil.copytree(source, roots[0] / "a")
+    shutil.copytree(source, roots[0] / "b")
+    scan_until(watcher, lambda: ready_ids(manager) == ["a", "b"], "the folders")
+    manager.load("a", roots[0] / "b")
+    shutil.rmtree(roots[0] / "a")
+    scan_until_quiet(watcher)
+    assert ready_ids(manager) == ["a", "b"]
 
 
 def test_unreadable_root_unloads_nothing(watch, roots, source):
@@ -245,17 +261,17 @@ def test_first_root_wins_when_two_have_a_folder_of_the_same_name(make_manager, r
     edit_config(second / "a", lora_alpha=7)
     manager = make_manager(roots=[*roots, second])
     watcher = AdapterWatcher(manager, [*roots, second], settle_s=SETTLE_S)
-    scan_until(watcher, lambda: len(states(manager)) == 2, "both ids")
+    scan_until(watcher, lambda: ready_ids(manager) == ["a", "b"], "both ids")
     assert manager.get("a").slices["q_proj"].factor == 2.0
     shutil.rmtree(roots[0] / "a")
     scan_until(watcher, lambda: manager.get("a").slices["q_proj"].factor == 7 / 4, "the second root's")
 
 
 def test_watching_goes_on_after_notifications_break(make_manager, roots, source, monkeypatch):
-    from lorikeet.adapters import watcher as module
-
-    monkeypatch.setattr(module, "RESCAN_S", 0.05)
-    monkeypatch.setattr(module.watchfiles, "watch", lambda *a, **k: (_ for _ in ()).throw(OSError("watch limit")))
+    monkeypatch.setattr(watcher_module, "RESCAN_S", 0.05)
+    monkeypatch.setattr(
+        watcher_module.watchfiles, "watch", lambda *a, **k: (_ for _ in ()).throw(OSError("watch limit"))
+    )
     manager = make_manager(roots=roots)
     watcher = AdapterWatcher(manager, roots, settle_s=SETTLE_S)
     watcher.start()

@@ -71,9 +71,9 @@ def save_tokenizer(directory: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>").save_pretrained(directory)  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>").save_pretrained(directory)
 
 
 def save_family(family: str, directory: Path, seed: int = 0, max_shard_size: str = "300KB") -> nn.Module:
@@ -96,8 +96,8 @@ def save_family(family: str, directory: Path, seed: int = 0, max_shard_size: str
 def oracle(directory: Path) -> nn.Module:
     """transformers' own model in fp32 with eager attention, its decoder linears replaced by bitsandbytes' NF4 values.
 
-    Quantized here by bitsandbytes with double quantization from the stored bf16 tensors, part by part, and dequantized by
-    bitsandbytes from its nested state: none of Lorikeet's code is involved.
+    Quantized here by bitsandbytes with double quantization from the stored bf16 tensors, part by part, and dequantized
+    by bitsandbytes from its nested state: none of Lorikeet's code is involved.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     for name, module in model.named_modules():

@@ -20,7 +20,7 @@ class PagedDriver:
         self.done = [0] * len(self.sequences)
         needed = [-(-len(s) // BLOCK) for s in self.sequences]
         blocks = list(range(sum(needed) + 3))
-        random.Random(seed).shuffle(blocks)  # noqa: S311
+        random.Random(seed).shuffle(blocks)
         self.tables = [[blocks.pop() for _ in range(n)] for n in needed]
         self.cache = base.new_kv_cache(sum(needed) + 3, BLOCK)
         for tensor in [*self.cache.keys, *self.cache.values]:

@@ -81,8 +81,6 @@ def test_unproven_family_is_compared_with_its_own_attention(tmp_path: Path, monk
     base = load_base(str(tmp_path), device=CPU, compute_dtype=torch.float32, progress=False)
     base.architecture = "SomethingNewForCausalLM"
     check_unproven_family(base)
-    monkeypatch.setattr(
-        "lorikeet.server.base.attention.ops.paged_attention", lambda q, *_: torch.zeros_like(q)
-    )
+    monkeypatch.setattr("lorikeet.server.base.attention.ops.paged_attention", lambda q, *_: torch.zeros_like(q))
     with pytest.raises(BaseModelError, match="SomethingNewForCausalLM"):
         check_unproven_family(base)

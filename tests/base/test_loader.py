@@ -1,4 +1,4 @@
-"""Loading: 16-bit and pre-quantized checkpoints give bitsandbytes' own values; what cannot be served is refused by name."""
+"""16-bit and pre-quantized checkpoints give bitsandbytes' own values; what can't be served is refused by name."""
 
 import json
 import shutil

@@ -159,12 +159,12 @@ def test_cached_hits_count_as_blocks_that_are_needed():
 
 def test_blocks_that_are_hit_are_not_reused_for_the_rest_of_the_request():
     blocks = BlockManager(3, 2)
-    first = request_of([1, 1, 2, 2, 3])
-    blocks.allocate(first)
-    compute(blocks, first)
-    blocks.free(first)
-    other = request_of([9])  # takes the free block
-    blocks.allocate(other)
+    for tokens in ([1, 1, 3], [2, 2, 3]):
+        request = request_of(tokens)
+        blocks.allocate(request)
+        compute(blocks, request)
+        blocks.free(request)
+    blocks.allocate(request_of([9]))  # takes the free block; the next to be reused is that of 1, 1
     longer = request_of([1, 1, 8, 8])
     assert blocks.allocate(longer) == 2
     assert len(set(longer.block_table)) == 2
@@ -299,6 +299,6 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 BlockMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 TestBlockMachine = BlockMachine.TestCase

@@ -165,7 +165,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     requests=REQUESTS,
     num_blocks=st.integers(9, 40),

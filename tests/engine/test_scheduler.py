@@ -279,6 +279,22 @@ def test_every_parked_version_is_tried_again_when_more_wait_than_tries():
     assert all(request.phase is Phase.FINISHED for request in requests)
 
 
+def test_adapter_that_is_ready_is_found_among_many_that_are_not():
+    bench = Bench(num_slots=1, load_steps=NEVER, max_adapter_tries=4)
+    requests = [bench.add(2, version(f"v{i}")) for i in range(30)]
+    bench.step()
+    while bench.scheduler.wants_another_pass:
+        bench.step()
+    bench.adapters.slots[0] = requests[20].adapter
+    bench.scheduler.adapter_ready()
+    passes = 0
+    while bench.scheduler.wants_another_pass:
+        bench.step()
+        passes += 1
+    assert requests[20].phase is Phase.RUNNING
+    assert passes <= 30
+
+
 def test_wants_another_pass_only_while_there_is_something_to_try():
     bench = Bench(num_slots=2, load_steps=NEVER, max_adapter_tries=4)
     for i in range(12):

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from lorikeet.server.engine.request import Phase
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-from .fake_world import World, version
+from .fake_world import NEVER, World, prompt_of, version
 
 BOUND_S = 4.0
 MAX_TOKENS = 5
 PROMPT = 6
 LOAD_STEPS = 2
+LONG = SamplingParams(temperature=0.0, max_tokens=100)
 
 
 def endless(world: World, num_adapters: int, rng: random.Random, rate: int) -> None:
@@ -90,25 +91,53 @@ def test_with_the_bound_the_same_request_gets_in():
     assert rounds_until_all_end(world, [victim.request], 1, rng, 1, 600) < 2 * BOUND_S + 30
 
 
-def test_before_twice_the_bound_active_adapters_are_still_served():
-    world = World(num_slots=2, max_running=4, starvation_bound_s=BOUND_S)
-    long = SamplingParams(temperature=0.0, max_tokens=100)
-    for name in ("a", "b"):
-        world.submit([1], long, version(name))
+def resident(world: World, *adapters) -> None:
+    """Put versions on the device; nothing else comes in (load_steps is NEVER)."""
+    for slot, adapter in enumerate(adapters):
+        world.adapters.slots[slot] = adapter
+
+
+def test_what_younger_requests_may_do_while_one_is_blocked():
+    world = World(num_slots=2, max_running=8, load_steps=NEVER, starvation_bound_s=BOUND_S)
+    active, idle = version("active"), version("idle")
+    resident(world, active, idle)
+    running = world.submit([1], LONG, active)
+    blocked = world.submit([1], LONG, version("blocked"))
     world.engine.step()
-    world.engine.step()
-    world.engine.step()
-    blocked = world.submit([1], long, version("c"))
-    world.engine.step()
-    world.clock.now += BOUND_S + 1
-    again, new, base = (world.submit([1], long, adapter) for adapter in (version("a"), version("d"), None))
-    world.engine.step()
-    assert again.request.phase is base.request.phase is Phase.RUNNING
-    assert blocked.request.phase is new.request.phase is Phase.WAITING
-    world.engine.abort(base.request.request_id)
+    assert running.request.phase is Phase.RUNNING
+
+    def admitted() -> list[bool]:
+        """Of an active version, of one that is on the device but not active, of the base."""
+        clients = [world.submit([1], LONG, adapter) for adapter in (active, idle, None)]
+        world.engine.step()
+        phases = [client.request.phase for client in clients]
+        for client in clients:
+            world.engine.abort(client.request.request_id)
+        world.engine.step()
+        return [phase is Phase.RUNNING for phase in phases]
+
+    assert admitted() == [True, True, True]
     world.clock.now += BOUND_S
-    again = world.submit([1], long, version("a"))
-    base = world.submit([1], long, None)
+    assert admitted() == [True, False, True]
+    world.clock.now += BOUND_S
+    assert admitted() == [False, False, True]
+    assert blocked.request.phase is Phase.WAITING
+
+
+def test_slot_reserved_by_a_younger_request_is_given_back_for_one_that_starves():
+    world = World(num_slots=1, num_blocks=10, max_running=4, starvation_bound_s=BOUND_S)
+    first = world.submit([1], LONG, version("a"))
+    memory = world.submit(prompt_of(1, 12), LONG)
+    for _ in range(3):
+        world.engine.step()
+    assert first.request.phase is memory.request.phase is Phase.RUNNING
+    starving = world.submit([1], LONG, version("b"))
+    large = world.submit(prompt_of(2, 35), LONG, version("a"))
     world.engine.step()
-    assert again.request.phase is Phase.WAITING
-    assert base.request.phase is Phase.RUNNING
+    assert large.request.slot == 0, "it has its adapter and waits for blocks"
+    world.engine.abort(first.request.request_id)
+    for _ in range(5):
+        world.clock.now += BOUND_S
+        world.engine.step()
+    assert memory.request.phase is starving.request.phase is Phase.RUNNING
+    assert large.request.phase is Phase.WAITING and large.request.slot == -1

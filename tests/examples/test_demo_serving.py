@@ -1,4 +1,4 @@
-"""The four demo adapters, served in one batch on the demo base, each lower the perplexity of their own held-out text."""
+"""The four demo adapters, served in one batch, each lower the perplexity of their own held-out text."""
 
 import math
 import os
@@ -33,9 +33,13 @@ def perplexity(logits: torch.Tensor, tokens: list[int]) -> float:
 
 def test_all_four_in_one_batch_each_lower_the_perplexity_of_their_own_text() -> None:
     base = load_base(
-        str(CACHE / MODEL_DIR_NAME), device=torch.device("cpu"), compute_dtype=torch.float32, cache_dir=CACHE,
-        name=BASE_NAME, progress=False,
-    )  # fmt: skip
+        str(CACHE / MODEL_DIR_NAME),
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+        cache_dir=CACHE,
+        name=BASE_NAME,
+        progress=False,
+    )
     store = DeviceStore(base.site_table, torch.float32, base.device, 64 * 2**20, max_slots=8)
     slots = []
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""PEFT on transformers' bitsandbytes NF4 model: makes the adapters, and says what they answer. None of Lorikeet's code."""
+"""PEFT on transformers' bitsandbytes NF4 model: makes the adapters and says what they answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +49,27 @@ def recipes(split: bool) -> list[Recipe]:
         Recipe(
             "patterns",
             LoraConfig(
-                r=4, lora_alpha=8, target_modules=[q, up, "down_proj"], rank_pattern={q: 17, r"layers\.1\..*down_proj": 3},
-                alpha_pattern={"down_proj": 2, q: 9}, **common,
+                r=4,
+                lora_alpha=8,
+                target_modules=[q, up, "down_proj"],
+                rank_pattern={q: 17, r"layers\.1\..*down_proj": 3},
+                alpha_pattern={"down_proj": 2, q: 9},
+                **common,
             ),
-        ),  # fmt: skip
+        ),
         Recipe(
-            "some-layers", LoraConfig(r=16, lora_alpha=4, target_modules=["o_proj", up], layers_to_transform=[0, 2], **common)
+            "some-layers",
+            LoraConfig(r=16, lora_alpha=4, target_modules=["o_proj", up], layers_to_transform=[0, 2], **common),
         ),
         Recipe(
             "adalora",
             AdaLoraConfig(
-                init_r=6, target_r=4, lora_alpha=12, target_modules=[q, "down_proj"], total_step=10, task_type="CAUSAL_LM"
+                init_r=6,
+                target_r=4,
+                lora_alpha=12,
+                target_modules=[q, "down_proj"],
+                total_step=10,
+                task_type="CAUSAL_LM",
             ),
         ),
         Recipe("one-linear-r33", LoraConfig(r=33, lora_alpha=33, target_modules=["down_proj"], **common)),

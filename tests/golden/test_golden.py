@@ -1,4 +1,4 @@
-"""A batch that mixes eight adapters of different rank, targets and method with base rows equals PEFT on the same NF4 base.
+"""A batch that mixes eight adapters of different rank, targets and method with base rows equals PEFT on that NF4 base.
 
 PEFT runs every request alone, without a cache, on transformers' own bitsandbytes model (peft_oracle.py).
 """

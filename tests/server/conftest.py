@@ -18,12 +18,17 @@ def server_arguments(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def watched_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory that `server` watches too, for tests to put adapters into."""
+    return tmp_path_factory.mktemp("watched")
+
+
+@pytest.fixture(scope="session")
 def server(
-    server_arguments: list[str], tiny_adapters: Path, tmp_path_factory: pytest.TempPathFactory
+    server_arguments: list[str], tiny_adapters: Path, watched_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """A server with all tiny adapters and room for everything."""
+    """A server with all tiny adapters and room for everything; starting one takes ten seconds, so tests share it."""
+    directories = ["--adapters", str(tiny_adapters), "--adapters", str(watched_folder)]
     log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(
-        log, *server_arguments, "--adapters", str(tiny_adapters), "--kv-cache-bytes", "32MiB"
-    ) as server:
+    with running_server(log, *server_arguments, *directories, "--kv-cache-bytes", "32MiB") as server:
         yield server

@@ -9,22 +9,9 @@ from lorikeet.server.client import LorikeetClient
 from lorikeet.server.status import RemoteError
 
 from ..tiny import TEXT, save_tiny_adapter
-from .process import eventually, running_server
+from .process import eventually
 
 QUESTION = {"prompt": TEXT[0], "temperature": 0.0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("watched")
-
-
-@pytest.fixture(scope="module")
-def server(server_arguments, tiny_adapters, folder, tmp_path_factory):
-    shutil.copytree(tiny_adapters / "amber", folder / "amber")
-    log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(log, *server_arguments, "--adapters", str(folder), "--kv-cache-bytes", "16MiB") as server:
-        yield server
 
 
 @pytest.fixture
@@ -66,10 +53,12 @@ def not_found(client, adapter_id):
     return False
 
 
-def test_folder_comes_changes_and_goes_under_traffic(client, folder, tiny_adapters, tiny_model, tmp_path, traffic):
+def test_folder_comes_changes_and_goes_under_traffic(
+    client, watched_folder, tiny_adapters, tiny_model, tmp_path, traffic
+):
     assert not_found(client, "guest")
 
-    shutil.copytree(tiny_adapters / "birch", folder / "guest")
+    shutil.copytree(tiny_adapters / "birch", watched_folder / "guest")
     old = eventually(lambda: client.generate(**QUESTION, adapter_id="guest", max_tokens=64))
     base = client.generate(**QUESTION, max_tokens=64)
     assert list(old.token_ids) != list(base.token_ids)
@@ -78,7 +67,7 @@ def test_folder_comes_changes_and_goes_under_traffic(client, folder, tiny_adapte
     stream = client.stream(**QUESTION, adapter_id="guest", max_tokens=450)
     assert next(stream).started.adapter.version == old.adapter.version
     save_tiny_adapter(tiny_model, tmp_path / "new", seed=99, rank=4)
-    shutil.copytree(tmp_path / "new", folder / "guest", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "new", watched_folder / "guest", dirs_exist_ok=True)
 
     def answered_by_another_version():
         answer = client.generate(**QUESTION, adapter_id="guest", max_tokens=64)
@@ -90,12 +79,12 @@ def test_folder_comes_changes_and_goes_under_traffic(client, folder, tiny_adapte
     assert tokens[:64] == list(old.token_ids)
     assert len(tokens) == 450
 
-    shutil.rmtree(folder / "guest")
+    shutil.rmtree(watched_folder / "guest")
     eventually(lambda: not_found(client, "guest"))
 
 
-def test_half_copied_folder_is_not_served_until_it_is_whole(client, folder, tiny_adapters):
-    source, target = tiny_adapters / "cedar", folder / "slow"
+def test_half_copied_folder_is_not_served_until_it_is_whole(client, watched_folder, tiny_adapters):
+    source, target = tiny_adapters / "cedar", watched_folder / "slow"
     target.mkdir()
     weights = (source / "adapter_model.safetensors").read_bytes()
     shutil.copy(source / "adapter_config.json", target)
@@ -107,9 +96,9 @@ def test_half_copied_folder_is_not_served_until_it_is_whole(client, folder, tiny
     assert answer.adapter.adapter_id == "slow"
 
 
-def test_load_and_unload_on_demand(server, client, folder, tiny_adapters):
+def test_load_and_unload_on_demand(server, client, watched_folder, tiny_adapters):
     # A folder whose name begins with a dot is not watched, and can be loaded by its path.
-    shutil.copytree(tiny_adapters / "dune", folder / ".staged")
+    shutil.copytree(tiny_adapters / "dune", watched_folder / ".staged")
     loads = server.metric("lorikeet_adapter_loads_total", outcome="ok")
     adapter = client.load_adapter("demand", ".staged")
     assert (adapter.state, adapter.max_rank) == (adapters_pb2.ADAPTER_STATE_READY, 16)
@@ -160,10 +149,10 @@ def test_load_of_what_may_not_be_loaded(client, adapter_id, path, code, reason):
     ids=["pickled", "empty", "cut", "dora"],
 )
 def test_bad_folder_is_refused_with_its_reason_and_the_rest_is_served(
-    server, client, folder, tiny_adapters, name, spoil, reason
+    server, client, watched_folder, tiny_adapters, name, spoil, reason
 ):
-    shutil.copytree(tiny_adapters / "birch", folder / f".{name}")
-    spoil(folder / f".{name}")
+    shutil.copytree(tiny_adapters / "birch", watched_folder / f".{name}")
+    spoil(watched_folder / f".{name}")
     failed = server.metric("lorikeet_adapter_loads_total", outcome=reason.lower())
     with pytest.raises(RemoteError) as caught:
         client.load_adapter(name, f".{name}")

@@ -29,23 +29,28 @@ def outcome(address, max_tokens, started=None):
     return tokens
 
 
-@pytest.fixture
-def narrow_server(server_arguments, tmp_path):
-    """Runs one request at a time and lets two wait."""
-    arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "4MiB"]
-    with running_server(tmp_path / "log", *server_arguments, *arguments) as server:
-        yield server
+def test_full_queue_then_drain_timeout(server_arguments, tmp_path):
+    """One server for both, since starting one takes ten seconds. It runs one request at a time and lets two wait."""
+    arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "4MiB", "--drain-timeout-s", "0.2"]
+    with running_server(tmp_path / "log", *server_arguments, *arguments) as server, ThreadPoolExecutor(12) as pool:
+        outcomes = list(pool.map(lambda _: outcome(server.address, 100), range(12)))
+        errors = [item for item in outcomes if isinstance(item, RemoteError)]
+        assert {(error.code, error.reason) for error in errors} == {("RESOURCE_EXHAUSTED", "QUEUE_FULL")}
+        # Nothing that was accepted is lost, and the server serves on.
+        assert all(item == 100 for item in outcomes if not isinstance(item, RemoteError))
+        assert 3 <= len(outcomes) - len(errors) < 12
+        eventually(server.is_idle)
+        assert outcome(server.address, 3) == 3
 
-
-def test_full_queue_is_resource_exhausted_and_nothing_is_lost(narrow_server):
-    with ThreadPoolExecutor(12) as pool:
-        outcomes = list(pool.map(lambda _: outcome(narrow_server.address, 100), range(12)))
-    errors = [item for item in outcomes if isinstance(item, RemoteError)]
-    assert {(error.code, error.reason) for error in errors} == {("RESOURCE_EXHAUSTED", "QUEUE_FULL")}
-    assert all(tokens == 100 for tokens in outcomes if not isinstance(tokens, RemoteError))
-    assert 3 <= len(outcomes) - len(errors) < 12
-    eventually(narrow_server.is_idle)
-    assert outcome(narrow_server.address, 3) == 3
+        started = threading.Semaphore(0)
+        streams = [pool.submit(outcome, server.address, 480, started)]
+        assert started.acquire(timeout=30)
+        streams.append(pool.submit(outcome, server.address, 480))
+        eventually(lambda: server.metric("lorikeet_requests_waiting") == 1)
+        server.terminate()
+        errors = [stream.result(timeout=60) for stream in streams]
+        assert {(error.code, error.reason) for error in errors} == {("UNAVAILABLE", "DRAINING")}
+        assert server.wait() == 0
 
 
 def test_sigterm_under_load_finishes_what_runs_and_refuses_what_comes(server_arguments, tmp_path):
@@ -63,19 +68,6 @@ def test_sigterm_under_load_finishes_what_runs_and_refuses_what_comes(server_arg
                 late.generate(prompt="x", max_tokens=1)
             assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "DRAINING")
             assert [stream.result(timeout=60) for stream in streams] == [300] * 4
-        assert server.wait() == 0
-
-
-def test_drain_timeout_ends_what_still_runs_with_a_status(server_arguments, tmp_path):
-    arguments = ["--kv-cache-bytes", "16MiB", "--drain-timeout-s", "0.2"]
-    with running_server(tmp_path / "log", *server_arguments, *arguments) as server, ThreadPoolExecutor(2) as pool:
-        started = threading.Semaphore(0)
-        streams = [pool.submit(outcome, server.address, 480, started) for _ in range(2)]
-        for _ in streams:
-            assert started.acquire(timeout=30)
-        server.terminate()
-        errors = [stream.result(timeout=60) for stream in streams]
-        assert {(error.code, error.reason) for error in errors} == {("UNAVAILABLE", "DRAINING")}
         assert server.wait() == 0
 
 
