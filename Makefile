@@ -53,10 +53,10 @@ $(VENV)/bin/python:
 	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
 	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
 
-# $(1): the extra of pyproject.toml. pip stays loud: torch alone takes minutes, and its bars show how long.
+# $(1): the extra of pyproject.toml. On a terminal pip's bars show how long it takes; in a log they would be noise.
 define install
 	@echo 'Installing the locked dependencies (constraints.txt) into $(VENV); the first time takes minutes'
-	@"$(PY)" -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' || { \
+	@PYTHONWARNINGS=ignore "$(PY)" -m pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check -c constraints.txt -e '.[$(1)]' || { \
 		echo 'make: the installation failed; pip says why above. Behind a proxy or mirror, set HTTPS_PROXY or PIP_INDEX_URL.' >&2; \
 		exit 1; }
 endef

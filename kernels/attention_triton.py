@@ -51,24 +51,20 @@ class _Tiles(NamedTuple):
 
 @lru_cache
 def _tiles(head_dim: int, group: int, itemsize: int, decode: bool) -> _Tiles:
-    """Chosen by shared memory, not tuned on any GPU yet.
+    """Chosen by what the compiled kernels take on compute capability 9.0 and 8.6, not tuned on any GPU yet.
 
-    Decodes wait for memory: small tiles, and three stages so that reading the block table, on which the loads of K and
-    V depend, is a stage of its own. At 16 bit and head_dim 128, 2 * 3 * 8 KiB let four programs share a processor of an
-    H100. Chunks compute: larger tiles, two stages, 2 * 2 * 16 KiB, within the 99 KiB of compute capability 8.6 and 8.9.
+    Decodes wait for memory: small tiles, and four stages, because reading the block table, on which the loads of K and
+    V depend, takes up stages of its own. Chunks compute: larger tiles, two stages. At 16 bit and head_dim 128 a program
+    takes 38 and 80 KiB of shared memory, so that five and two share a processor of an H100.
     """
     dim = max(16, triton.next_power_of_2(head_dim))
     tile_bytes = 8192 if decode else 16384
     keys = min(64, max(16, tile_bytes // (dim * itemsize)))
-    # A step with chunks also has decodes, which waste a large tile: 64 rows is between what suits either.
-    rows = max(16 if decode else 64, triton.next_power_of_2(group))
-    return _Tiles(
-        rows=rows,
-        keys=keys,
-        dim=dim,
-        num_warps=8 if rows * dim > 64 * 128 else 4,
-        num_stages=3 if keys * dim * itemsize <= 8192 else 2,
-    )
+    # A step with chunks also has decodes, which waste a large tile: 64 rows is between what suits either. In fp32, which
+    # tensor cores don't multiply, 64 rows would not fit in registers.
+    rows = 16 if decode or itemsize == 4 else 64
+    rows = max(rows, triton.next_power_of_2(group))
+    return _Tiles(rows, keys, dim, num_warps=8 if rows * dim > 64 * 128 else 4, num_stages=4 if decode else 2)
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 def check(holds: bool, message: Callable[[], str]) -> None:
     """Raises RuntimeError with message() unless `holds`.
 
-    `torch._check` itself takes 2 to 3 us also where the condition holds; ten of them would be most of a small operator's
-    time on a CPU, so it is called only to fail.
+    `torch._check` itself takes 2 to 3 us also where the condition holds; ten of them would be most of a small
+    operator's time on a CPU, so it is called only to fail.
     """
     if not holds:
         torch._check(False, message)

@@ -9,7 +9,8 @@ With input width K and slices s of rank r_s = `ranks[slot, s]` (0: not adapted) 
     A of all slices stacked:  [r_0 + ... + r_{S-1}, K] row-major, then
     B_s^T of each slice:      [r_s, N_s] row-major, with the adapter's scaling folded in.
 
-Registered as `torch.ops.lorikeet.lora_shrink` and `lora_expand_`; call the functions of this module. The base is slot -1.
+Slot -1 is the base. The operators are registered as `torch.ops.lorikeet.lora_shrink` and `lora_expand_`; call them by the
+functions of this module.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def lora_shrink(
         ranks: [max_slots, num_slices], int32.
         seg_starts: [num_segments + 1], int32; starts with 0.
         seg_slots: [num_segments], int32.
-        max_rank: at least the largest sum of slice ranks among the batch's slots.
+        max_rank: at least the largest sum of slice ranks among the batch's slots; where a CUDA graph captures the call,
+            among those of all batches that it will replay.
 
     Returns:
         [num_tokens, max_rank], float32: columns [0, sum of the slot's ranks) of adapted rows, zeros elsewhere.
@@ -100,7 +102,10 @@ def lora_expand_(
 
 
 def _check_tables(arena: Tensor, offsets: Tensor, ranks: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:
-    check(arena.dim() == 1, lambda: f"arena must be flat, got {list(arena.shape)}")
+    check(
+        arena.dim() == 1 and arena.is_contiguous(),
+        lambda: f"arena must be flat and contiguous, got {list(arena.shape)} with strides {list(arena.stride())}",
+    )
     check(
         offsets.dtype == torch.int64 and offsets.dim() == 1,
         lambda: f"offsets must be int64 [max_slots], got {offsets.dtype} {list(offsets.shape)}",
@@ -135,8 +140,8 @@ def _check_expand(y: Tensor, h: Tensor, arena: Tensor, ranks: Tensor, slice_widt
         ),
     )
     check(
-        h.dtype == torch.float32 and h.dim() == 2 and h.shape[0] == y.shape[0],
-        lambda: f"h must be float32 [{y.shape[0]}, max_rank], got {h.dtype} {list(h.shape)}",
+        h.dtype == torch.float32 and h.dim() == 2 and h.shape[0] == y.shape[0] and h.stride(1) == 1,
+        lambda: f"h must be float32 [{y.shape[0]}, max_rank] with contiguous rows, got {h.dtype} {list(h.shape)}",
     )
 
 
@@ -151,11 +156,12 @@ def _shrink_cpu(
 def _shrink_cuda(
     x: Tensor, arena: Tensor, offsets: Tensor, ranks: Tensor, seg_starts: Tensor, seg_slots: Tensor, max_rank: int
 ) -> Tensor:
-    from . import lora_triton  # needs Triton, which a CPU-only installation lacks
+    from . import lora_triton  # a CPU-only installation has no Triton
 
     _check_tables(arena, offsets, ranks, seg_starts, seg_slots)
     _check_rows("x", x, arena)
-    return lora_triton.lora_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, max_rank)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
+        return lora_triton.lora_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, max_rank)
 
 
 def _shrink_fake(
@@ -197,7 +203,8 @@ def _expand_cuda_(
 
     _check_tables(arena, offsets, ranks, seg_starts, seg_slots)
     _check_expand(y, h, arena, ranks, slice_widths)
-    lora_triton.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
+    with torch.cuda.device_of(y):
+        lora_triton.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
 
 
 def _expand_fake_(

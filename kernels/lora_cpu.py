@@ -6,6 +6,7 @@ oneDNN has AVX512-BF16, and rounds once instead of twice.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ def _batch(group: list[_Segment], dtype: torch.dtype) -> _Batch | None:
 def _spacing(offsets: list[int]) -> int | None:
     """Returns the distance from each offset to the next where it is the same for all, and not negative."""
     step = offsets[1] - offsets[0]
-    return step if step >= 0 and all(b - a == step for a, b in zip(offsets, offsets[1:], strict=False)) else None
+    return step if step >= 0 and all(b - a == step for a, b in pairwise(offsets)) else None
 
 
 def _gather(arena: Tensor, offsets: list[int], start: int, size: int) -> Tensor:

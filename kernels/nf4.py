@@ -23,6 +23,7 @@ from torch import Tensor
 
 BLOCK = 64
 _ROWS_PER_CPU_TILE = 32
+_QUANTIZE_ELEMENTS = 2**22  # a multiple of BLOCK
 
 
 @dataclass(slots=True)
@@ -68,8 +69,20 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
         codes uint8 [out * in / 2] and absmax float32 [out * in / 64], where absmax already went through double
         quantization, so that dequantizing gives exactly what bitsandbytes' nested state gives.
     """
-    packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-    return packed.reshape(-1), unnest_absmax(state)
+    flat = weight.reshape(-1)
+    codes = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(flat.numel() // BLOCK, dtype=torch.float32, device=weight.device)
+    # In pieces: bitsandbytes' CPU quantizer needs about 6 bytes of temporaries for each element.
+    for start in range(0, flat.numel(), _QUANTIZE_ELEMENTS):
+        piece = flat[start : start + _QUANTIZE_ELEMENTS]
+        packed, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+        codes[start // 2 : start // 2 + packed.numel()] = packed.view(-1)
+        absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
+    # The second level is over the whole weight, as `compress_statistics=True` does it: mean off, 8 bit, blocks of 256.
+    offset = absmax.mean()
+    quantized, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    constants: Tensor = bnb.dequantize_blockwise(quantized, second) + offset
+    return codes, constants
 
 
 def unnest_absmax(state: bnb.QuantState) -> Tensor:

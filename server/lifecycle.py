@@ -82,7 +82,9 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
     signals = _Signals()
     signals.install(loop)
     died = asyncio.Event()
-    app.engine.on_dead = lambda error: _on_dead(loop, died, error)
+    # Without its engine the server answers nothing; without its adapter loader it would keep requests waiting for ever.
+    app.engine.on_dead = lambda error: _on_dead(loop, died, "step thread", error)
+    app.manager.on_dead = lambda error: _on_dead(loop, died, "adapter loader", error)
 
     async with AsyncExitStack() as stack:
         app.manager.start()
@@ -144,7 +146,7 @@ async def _first_of(*events: asyncio.Event) -> None:
             task.cancel()
 
 
-def _on_dead(loop: asyncio.AbstractEventLoop, died: asyncio.Event, error: BaseException) -> None:
-    """Called on the step thread as it ends: a server without an engine reports NOT_SERVING and ends too."""
-    log.critical("the engine died", exc_info=error)
+def _on_dead(loop: asyncio.AbstractEventLoop, died: asyncio.Event, who: str, error: BaseException) -> None:
+    """Called on the thread that ends: a server without it reports NOT_SERVING and ends too."""
+    log.critical("thread_died", thread=who, exc_info=error)
     loop.call_soon_threadsafe(died.set)

@@ -50,7 +50,8 @@ def fill_model(
                 else:
                     _write_weight(plan, part, tensor, device)
             elif name in wanted:
-                set_parameter(model, name, tensor.to(device=device, dtype=dtype))
+                # A copy even where nothing changes: a view would keep its whole shard mapped.
+                set_parameter(model, name, tensor.to(device=device, dtype=dtype, copy=True))
                 wanted.discard(name)
             elif not _ignorable(model, name):
                 raise BaseModelError(f"The checkpoint has a tensor {raw_name} that the architecture has no place for.")

@@ -54,6 +54,7 @@ def tiny_base(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's, for every AdaLoRA checkpoint
 @pytest.mark.parametrize("name", ["kjv", "devil", "jargon", "austen"])
 def test_a_recipe_trains_saves_and_is_measured(tmp_path, scripts, tiny_base, monkeypatch, name):
     corpora, recipes, train_adapters = scripts
@@ -76,3 +77,15 @@ def test_a_recipe_trains_saves_and_is_measured(tmp_path, scripts, tiny_base, mon
     if name == "jargon":
         kept = [sum(mask) for mask in config["rank_pattern"].values()]
         assert min(kept) < config["init_r"], "AdaLoRA's schedule has pruned"
+
+
+def test_the_nf4_base_is_quantized_twice_except_embedding_and_head(scripts, tiny_base):
+    _, _, train_adapters = scripts
+    model = train_adapters.load_base(tiny_base, nf4=True)
+
+    for name, module in model.model.layers.named_modules():
+        if name.endswith("_proj"):
+            assert module.weight.quant_state.quant_type == "nf4", name
+            assert module.weight.quant_state.nested, name
+    assert model.lm_head.weight.is_floating_point()
+    assert model.get_input_embeddings().weight.is_floating_point()
