@@ -39,7 +39,7 @@ class _Tiles(NamedTuple):
         keys: in a tile of K or V.
         dim: head_dim, padded to a power of two.
         num_warps: of a program.
-        num_stages: tiles of K and V in flight.
+        num_stages: of the software pipeline.
     """
 
     rows: int
@@ -53,9 +53,9 @@ class _Tiles(NamedTuple):
 def _tiles(head_dim: int, group: int, itemsize: int, decode: bool) -> _Tiles:
     """Chosen by what the compiled kernels take on compute capability 9.0 and 8.6, not tuned on any GPU yet.
 
-    Decodes wait for memory: small tiles, and four stages, because reading the block table, on which the loads of K and
-    V depend, takes up stages of its own. Chunks compute: larger tiles, two stages. At 16 bit and head_dim 128 a program
-    takes 38 and 80 KiB of shared memory, so that five and two share a processor of an H100.
+    Decodes wait for memory: small tiles, of which two are in flight. That takes five stages, because the loads of K and
+    V depend on the block table, whose own load takes up every other one. Chunks compute: larger tiles, one in flight.
+    At 16 bit and head_dim 128 a program takes 38 and 80 KiB of shared memory, so five and two share an H100's SM.
     """
     dim = max(16, triton.next_power_of_2(head_dim))
     tile_bytes = 8192 if decode else 16384
@@ -64,7 +64,7 @@ def _tiles(head_dim: int, group: int, itemsize: int, decode: bool) -> _Tiles:
     # tensor cores don't multiply, 64 rows would not fit in registers.
     rows = 16 if decode or itemsize == 4 else 64
     rows = max(rows, triton.next_power_of_2(group))
-    return _Tiles(rows, keys, dim, num_warps=8 if rows * dim > 64 * 128 else 4, num_stages=4 if decode else 2)
+    return _Tiles(rows, keys, dim, num_warps=8 if rows * dim > 64 * 128 else 4, num_stages=5 if decode else 3)
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:

@@ -9,8 +9,8 @@ With input width K and slices s of rank r_s = `ranks[slot, s]` (0: not adapted) 
     A of all slices stacked:  [r_0 + ... + r_{S-1}, K] row-major, then
     B_s^T of each slice:      [r_s, N_s] row-major, with the adapter's scaling folded in.
 
-Slot -1 is the base. The operators are registered as `torch.ops.lorikeet.lora_shrink` and `lora_expand_`; call them by the
-functions of this module.
+Slot -1 is the base. The operators are registered as `torch.ops.lorikeet.lora_shrink` and `lora_expand_`; call them by
+the functions of this module.
 """
 
 from collections.abc import Sequence

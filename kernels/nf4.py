@@ -23,7 +23,7 @@ from torch import Tensor
 
 BLOCK = 64
 _ROWS_PER_CPU_TILE = 32
-_QUANTIZE_ELEMENTS = 2**22  # a multiple of BLOCK
+_QUANTIZE_ELEMENTS = 2**20  # a multiple of BLOCK
 
 
 @dataclass(slots=True)

@@ -109,8 +109,8 @@ def assert_equals_reference(
 ) -> None:
     """Runs both operators and compares them with the reference.
 
-    Base rows and slices of rank 0 must come out equal bit for bit, rows of no segment untouched, and nothing that is NaN
-    in the case or outside h's defined columns may reach a result.
+    Base rows and slices of rank 0 must come out equal bit for bit, rows of no segment untouched, and nothing that is
+    NaN in the case or outside h's defined columns may reach a result.
     """
     atol, rtol = tolerance
     max_rank = case.max_rank if max_rank is None else max_rank

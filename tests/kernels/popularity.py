@@ -16,15 +16,19 @@ def get_segments(popularity: str, num_rows: int, num_slots: int, seed: int = 0) 
     """Returns (slot, rows) of each segment, sorted by slot, base first.
 
     Args:
-        popularity: base: no row is adapted. identical: all rows use one adapter. distinct: every row has another one, as
-            far as there are slots. uniform: rows are spread evenly over sqrt(num_rows) adapters. zipf: the i-th adapter is
-            used i^-1.5 as often as the first, and so is the base. mixed: segments of many lengths, empty ones and repeated
-            slots among them. empty: no segment at all.
+        popularity: one of POPULARITIES.
+            base: no row is adapted.
+            identical: all rows use one adapter.
+            distinct: every row has another one, as far as there are slots.
+            uniform: rows are spread evenly over sqrt(num_rows) adapters.
+            zipf: the base is used most, the i-th adapter (i + 1)^-1.5 times as often.
+            mixed: segments of many lengths, empty ones and repeated slots among them.
+            empty: no segment at all.
         num_rows: rows of the batch.
         num_slots: adapters to choose from.
         seed: of what is drawn.
     """
-    rng = random.Random(seed)  # noqa: S311 -- a reproducible workload
+    rng = random.Random(seed)
     slots = rng.sample(range(num_slots), num_slots)
     if popularity == "empty":
         return []

@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from .lora_cases import LoraCase, assert_equals_reference, make_case
 from .popularity import POPULARITIES, get_segments
 
-# (atol, rtol). The CPU path computes in fp32 and rounds once, as the reference does: 16-bit results differ by one unit in
-# the last place where the fp32 sums lie on either side of a tie.
+# (atol, rtol). The CPU path computes in fp32 and rounds once, as the reference does: 16-bit results differ by one unit
+# in the last place where the fp32 sums lie on either side of a tie.
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-4, 1e-3), torch.bfloat16: (1e-4, 8e-3)}
 DTYPES = list(TOLERANCES)
 EQUAL_RANKS = [(8, 8, 8)] * 9
@@ -100,7 +100,6 @@ def test_direct_call_and_operator_agree():
     rest = (h, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
     torch.ops.lorikeet.lora_expand_(by_operator, *rest)
     lora.lora_expand_(direct, *rest)
-    assert torch.equal(by_operator, direct) or bool(by_operator.isnan().any())
     torch.testing.assert_close(by_operator, direct, atol=0, rtol=0, equal_nan=True)
 
 
