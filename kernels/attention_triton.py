@@ -60,8 +60,8 @@ def _tiles(head_dim: int, group: int, itemsize: int, decode: bool) -> _Tiles:
     dim = max(16, triton.next_power_of_2(head_dim))
     tile_bytes = 8192 if decode else 16384
     keys = min(64, max(16, tile_bytes // (dim * itemsize)))
-    # A step with chunks also has decodes, which waste a large tile: 64 rows is between what suits either. In fp32, which
-    # tensor cores don't multiply, 64 rows would not fit in registers.
+    # A step with chunks also has decodes, which waste a large tile: 64 rows is between what suits either. fp32 doesn't
+    # run on tensor cores, and spills from 64 rows on.
     rows = 16 if decode or itemsize == 4 else 64
     rows = max(rows, triton.next_power_of_2(group))
     return _Tiles(rows, keys, dim, num_warps=8 if rows * dim > 64 * 128 else 4, num_stages=5 if decode else 3)

@@ -128,6 +128,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Returns:
         [T, out_features] in x's dtype.
     """
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.out_features)
     if weight.cpu_state is not None:
         y: Tensor = bnb.gemv_4bit(x, weight.codes, state=weight.cpu_state)
         return y if bias is None else y.add_(bias)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -22,6 +23,10 @@ def nf4_model(directory: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=_NF4, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
     )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Where the CPU has AVX512-BF16, bitsandbytes would compute in bf16 although fp32 was asked for.
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

@@ -80,8 +80,9 @@ def test_strided_rows_and_tables():
     check(LoraCase(x[:, :48], y[:, :230], case.arena, (offsets, wide_ranks, starts, slots), case.slice_widths))
 
 
-def test_arena_may_be_a_part_of_a_larger_tensor():
-    case = make_case([(0, 2), (1, 2), (2, 1), (4, 17)])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_arena_may_be_a_part_of_a_larger_tensor(aligned):
+    case = make_case([(0, 2), (1, 2), (2, 2), (4, 17)], ranks=EQUAL_RANKS, aligned=aligned)
     larger = torch.cat([torch.full((7,), torch.nan), case.arena])
     check(LoraCase(case.x, case.y, larger[7:], case.tables, case.slice_widths))
 
