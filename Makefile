@@ -82,12 +82,13 @@ demo: $(RUN_READY)
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
+# -P: with the root on sys.path, our kernels/ would be importable as `kernels`, a package that transformers probes for.
 test: $(DEV_READY) ## the whole test suite on the CPU
 	@$(MAKE) demo PY="$(PY)" || echo 'make: no demo base; the tests that need it will skip and say so'
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -m pytest -m 'not gpu' $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' $(PYTEST_ARGS)
 
 test-gpu: $(DEV_READY) ## the tests that need a CUDA device
-	@$(OFFLINE) "$(PY)" -m pytest -m gpu $(PYTEST_ARGS)
+	@$(OFFLINE) "$(PY)" -P -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(DEV_READY) type ## style, types, stub drift, protobuf and deployment files
 	@"$(PY)" -m ruff check .

@@ -69,7 +69,7 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
     torch.set_num_threads(compute.threads)
     demo = config.model == DEMO
     base = load_base(
-        str(prepare_demo_base(config.cache_dir)) if demo else config.model,
+        str(prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)) if demo else config.model,
         device=compute.device,
         compute_dtype=compute.dtype,
         cache_dir=config.cache_dir,

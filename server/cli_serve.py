@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .addresses import DEFAULT_ADDRESS, require_free
-from .config import ServerConfig, default_cache_dir
+from .config import ServerConfig
 from .config_loading import load_config
 from .errors import ConfigError
 from .logs import configure_logs
@@ -91,8 +91,9 @@ def prepare_demo(cache_dir: Path | None) -> int:
     Returns:
         The exit status.
     """
-    configure_logs("info", "auto")
+    config = load_config([] if cache_dir is None else ["--cache-dir", str(cache_dir)])
+    configure_logs(config.log_level, config.log_format)
     from .base.demo import prepare_demo_base
 
-    sys.stdout.write(f"{prepare_demo_base(cache_dir or default_cache_dir())}\n")
+    sys.stdout.write(f"{prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)}\n")
     return 0

@@ -65,8 +65,11 @@ class ServerConfig(BaseSettings):
     threads: int = _field("Model", 0, "CPU threads of the model, 0 to 1024; 0: one for each core.", ge=0, le=1024)
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
-        description="Where the prepared demo model is kept.",
+        description="Where the demo base and the quantized form of 16-bit models are kept.",
         json_schema_extra={"group": "Model", "default_text": "~/.cache/lorikeet"},
+    )
+    demo_wheel: Path | None = _field(
+        "Model", None, "A copy of the wheel that the demo base comes in, for machines that reach no package index."
     )
 
     adapters: Annotated[tuple[Path, ...], NoDecode] = _field(

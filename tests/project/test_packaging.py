@@ -1,7 +1,8 @@
 """What pyproject.toml, constraints.txt and the tree must agree on."""
 
-import importlib.util
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_constraints_pin_exactly_and_without_a_local_version():
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
 
 
-def test_kernels_is_not_importable_by_that_name():
-    """transformers and bitsandbytes probe for the PyPI package `kernels`; ours would be taken for it."""
-    assert importlib.util.find_spec("kernels") is None
+def test_kernels_is_not_importable_by_that_name(tmp_path):
+    """Transformers and bitsandbytes probe for the PyPI package `kernels`; ours would be taken for it."""
+    code = "import importlib.util, lorikeet.kernels; print(importlib.util.find_spec('kernels'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "None"
