@@ -33,14 +33,14 @@ class _Decodes(NamedTuple):
     Attributes:
         rows: int64 [B], their rows of the flat step batch.
         blocks: int64 [num_kv_heads * B * L / block_size], rows of the cache seen as [num_kv_heads * num_blocks, ...].
-        bias: float32 [num_kv_heads * B, 1, L], 0 where the key is visible and -inf elsewhere.
-        hidden: int64 [n], which of the B * L positions are not visible, or None where all are.
+        bias: float32 [B, 1, L], 0 where the key is visible and -inf elsewhere.
+        hidden: int64 [n], which of the B * L positions are not visible.
     """
 
     rows: Tensor
     blocks: Tensor
     bias: Tensor
-    hidden: Tensor | None
+    hidden: Tensor
 
 
 class _Chunk(NamedTuple):
@@ -103,18 +103,17 @@ def _attend_decodes(
     num_kv_heads, _, _, head_dim = k_cache.shape
     count = batch.rows.shape[0]
     keys, values = _gather(k_cache, batch.blocks), _gather(v_cache, batch.blocks)
-    if batch.hidden is not None:
+    if batch.hidden.shape[0] > 0:
         # -inf + NaN and 0 * NaN are NaN, so what nobody sees must not hold one.
         keys.view(num_kv_heads, -1, head_dim).index_fill_(1, batch.hidden, 0)
         values.view(num_kv_heads, -1, head_dim).index_fill_(1, batch.hidden, 0)
     shape = (num_kv_heads * count, -1, head_dim)
-    queries = q.index_select(0, batch.rows).view(count, num_kv_heads, -1, head_dim).transpose(0, 1).float()
-    keys_t = keys.view(shape).transpose(1, 2)
+    queries = q.index_select(0, batch.rows).view(count, num_kv_heads, -1, head_dim).transpose(0, 1).float() * scale
+    scores = torch.bmm(queries.reshape(shape), keys.view(shape).transpose(1, 2))
     if softcap:
-        scores = torch.bmm(queries.reshape(shape), keys_t)
-        scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(batch.bias)
-    else:
-        scores = torch.baddbmm(batch.bias, queries.reshape(shape), keys_t, alpha=scale)
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if batch.hidden.shape[0] > 0:
+        scores.view(num_kv_heads, count, -1, batch.bias.shape[2]).add_(batch.bias)
     result = torch.bmm(scores.softmax(-1), values.view(shape)).view(num_kv_heads, count, -1, head_dim)
     out.index_copy_(0, batch.rows, result.transpose(0, 1).reshape(count, -1, head_dim).to(out.dtype))
 
@@ -148,7 +147,7 @@ def _attend_chunk(
         by_head = scores.view(num_kv_heads, -1, rows, high - low)
         by_head[..., position - low :].add_(torch.full((rows, rows), -torch.inf).triu_(1))
         if window:
-            # The first row that doesn't see key `low` any more is the one at low + window.
+            # Row i sees the columns from visible_from + i on.
             visible_from = position - window + 1 - low
             by_head.add_(torch.full((rows, high - low), -torch.inf).tril_(visible_from - 1))
         result = torch.bmm(scores.softmax(-1), values[:, low:high]).view(num_kv_heads, -1, rows, head_dim)
@@ -192,19 +191,18 @@ def _plan(
 
     decodes = []
     for batch in _batches(np.flatnonzero(rows == 1), ends - begins, num_kv_heads * block_size * cache_shape[3]):
-        count, longest = len(batch), int((ends - begins)[batch[0]])
+        longest = int((ends - begins)[batch[0]])
         # Past its end a sequence repeats its last block: a table's further entries may be anything.
         columns = np.minimum(begins[batch, None] + np.arange(longest), ends[batch, None] - 1)
         blocks = tables[batch[:, None], columns].reshape(-1)
         positions = begins[batch, None] * block_size + np.arange(longest * block_size)
         hidden = (positions < firsts[batch, None]) | (positions >= contexts[batch, None])
-        bias = np.where(hidden, -np.inf, 0).astype(np.float32)
         decodes.append(
             _Decodes(
                 rows=torch.from_numpy(starts[batch]),
                 blocks=torch.from_numpy((heads + blocks).reshape(-1)),
-                bias=torch.from_numpy(np.tile(bias, (num_kv_heads, 1)).reshape(num_kv_heads * count, 1, -1)),
-                hidden=torch.from_numpy(np.flatnonzero(hidden)) if hidden.any() else None,
+                bias=torch.from_numpy(np.where(hidden, -np.inf, 0).astype(np.float32)).unsqueeze(1),
+                hidden=torch.from_numpy(np.flatnonzero(hidden)),
             )
         )
     return decodes, chunks
