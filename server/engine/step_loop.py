@@ -171,7 +171,7 @@ class StepLoop:
         if sampling:
             return self._sampler.sample(logits, sampling)
         if logits.is_cuda:
-            # Nothing to copy, but a step ends when its work has: the runner re-uses the buffers it was described in.
+            # Nothing to copy, but a step ends when its work has: its time is measured, and no second one piles up.
             torch.cuda.synchronize(logits.device)
         return []
 
