@@ -13,6 +13,7 @@ class Code(StrEnum):
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     NOT_FOUND = "NOT_FOUND"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -54,7 +55,7 @@ class AdapterIdError(ServingError):
 
 
 class AdapterExistsError(ServingError):
-    """The id is taken by an adapter that this call may not replace."""
+    """The name is taken: an alias may not be called like an adapter, nor an adapter like an alias."""
 
     code = Code.ALREADY_EXISTS
     reason = "ADAPTER_EXISTS"
@@ -74,11 +75,67 @@ class AdapterIncompatibleError(ServingError):
     reason = "ADAPTER_INCOMPATIBLE"
 
 
+class AdapterDigestError(ServingError):
+    """The digest prefix of a reference `id@digest-prefix` is malformed or fits several versions."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "ADAPTER_DIGEST_INVALID"
+
+
+class AdapterInUseError(ServingError):
+    """The call would take away what a pin or an alias holds; lift that first."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ADAPTER_IN_USE"
+
+
+class AdapterNoVersionError(ServingError):
+    """There is no earlier version to go back to, or its content is not kept any more."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ADAPTER_NO_VERSION"
+
+
+class AdapterMismatchError(ServingError):
+    """The content is not what the caller expected (`expected_version`), or what the server had read before."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ADAPTER_MISMATCH"
+
+
+class AdapterProofError(ServingError):
+    """The adapter's golden file was replayed, and its logits are off."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ADAPTER_PROOF_FAILED"
+
+
+class AdapterSourceError(ServingError):
+    """The source is not a path or URI that this server may load from."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "ADAPTER_SOURCE_INVALID"
+
+
+class AdapterUnreadableError(ServingError):
+    """A disk or a remote store failed while the adapter was read; the same call may succeed later."""
+
+    code = Code.UNAVAILABLE
+    reason = "ADAPTER_UNREADABLE"
+
+
 class AdapterMemoryError(ServingError):
-    """The adapter can never fit into the configured byte budget."""
+    """The adapter does not fit into the configured byte budget, or the device or host had no memory left for it."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "ADAPTER_MEMORY"
+
+
+class AdapterNotReadyError(ServingError):
+    """The adapter did not come to the tier that was asked for in time."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "ADAPTER_NOT_READY"
 
 
 class AdapterUnloadedError(ServingError):

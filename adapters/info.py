@@ -15,6 +15,7 @@ class AdapterState(StrEnum):
     READY = "ready"
     DRAINING = "draining"  # replaced or unloaded; requests admitted before may finish on it
     FAILED = "failed"
+    STORED = "stored"  # not served: its files are kept, and a rollback or an alias brings it back
 
 
 class Tier(StrEnum):
@@ -43,6 +44,12 @@ class AdapterInfo:
         loaded_at: Unix seconds.
         source: name of the folder it came from.
         method: LoRA, rsLoRA or AdaLoRA.
+        current: whether requests that name the id alone get this version.
+        pinned: tier in which it is kept, or None.
+        aliases: names that lead to this version, sorted.
+        proof: what was checked at load, for people; empty: it carries no golden file.
+        trained_for: the base that its config names; may be empty.
+        num_modules: adapted linears.
     """
 
     adapter_id: str
@@ -58,6 +65,99 @@ class AdapterInfo:
     loaded_at: float
     source: str
     method: str
+    current: bool = False
+    pinned: Tier | None = None
+    aliases: tuple[str, ...] = ()
+    proof: str = ""
+    trained_for: str = ""
+    num_modules: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDetails:
+    """Everything about one id.
+
+    Attributes:
+        adapter: its current version, or its load under way, or its failure.
+        versions: all versions that are known, the current one first: aliased and draining ones, and the one that a
+            rollback would bring back (`AdapterState.STORED` when only its files are kept).
+    """
+
+    adapter: AdapterInfo
+    versions: tuple[AdapterInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AliasTarget:
+    """One version that an alias leads to.
+
+    Attributes:
+        adapter_id: what users name.
+        digest: full digest of the version.
+        weight: its share of the requests, relative to the other targets' weights; above 0.
+    """
+
+    adapter_id: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class AliasInfo:
+    """An alias: a name that requests may use like an adapter id.
+
+    Attributes:
+        name: matches the pattern of adapter ids.
+        targets: at least one.
+    """
+
+    name: str
+    targets: tuple[AliasTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a load may accept or insist on.
+
+    Attributes:
+        allow_zero: accept an adapter whose delta is zero everywhere.
+        allow_other_base: accept one whose config or card names another base, if its shapes fit.
+        expected_digest: refuse other content; empty: take what is there.
+    """
+
+    allow_zero: bool = False
+    allow_other_base: bool = False
+    expected_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """A copy that would have to go."""
+
+    adapter_id: str
+    digest: str
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load would do, found out by reading and checking everything and changing nothing.
+
+    Attributes:
+        adapter: as it would be shown after the load; its state is STORED.
+        is_new: whether the content differs from the current version's.
+        host_bytes, device_bytes: what its copies take.
+        fits_host, fits_device: whether copies would fit right now, after the evictions.
+        evictions: idle copies that would go, in this order.
+    """
+
+    adapter: AdapterInfo
+    is_new: bool
+    host_bytes: int
+    device_bytes: int
+    fits_host: bool
+    fits_device: bool
+    evictions: tuple[Eviction, ...]
 
 
 @dataclass(frozen=True, slots=True)

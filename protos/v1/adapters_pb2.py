@@ -25,37 +25,73 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lorikeet/protos/v1/adapters.proto\x12\x0blorikeet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x02\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.lorikeet.v1.AdapterState\x12&\n\x04tier\x18\x04 \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12)\n\x06slices\x18\x07 \x03(\x0b\x32\x19.lorikeet.v1.AdapterSlice\x12\x1a\n\x12in_flight_requests\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x0b \x01(\t\x12\x0e\n\x06method\x18\x0c \x01(\t\x12\x0f\n\x07warning\x18\r \x01(\t\"=\n\x0c\x41\x64\x61pterSlice\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0f\n\x07scaling\x18\x03 \x01(\x01\"6\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lorikeet.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x97\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04*r\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x03\x32\xde\x02\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.lorikeet.v1.LoadAdapterRequest\x1a .lorikeet.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.lorikeet.v1.UnloadAdapterRequest\x1a\".lorikeet.v1.UnloadAdapterResponse\x12M\n\nGetAdapter\x12\x1e.lorikeet.v1.GetAdapterRequest\x1a\x1f.lorikeet.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .lorikeet.v1.ListAdaptersRequest\x1a!.lorikeet.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!lorikeet/protos/v1/adapters.proto\x12\x0blorikeet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x03\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.lorikeet.v1.AdapterState\x12&\n\x04tier\x18\x04 \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12)\n\x06slices\x18\x07 \x03(\x0b\x32\x19.lorikeet.v1.AdapterSlice\x12\x1a\n\x12in_flight_requests\x18\x08 \x01(\x05\x12\r\n\x05\x65rror\x18\t \x01(\t\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x0b \x01(\t\x12\x0e\n\x06method\x18\x0c \x01(\t\x12\x0f\n\x07warning\x18\r \x01(\t\x12\x0f\n\x07\x63urrent\x18\x0e \x01(\x08\x12-\n\x0bpinned_tier\x18\x0f \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\x12\x0f\n\x07\x61liases\x18\x10 \x03(\t\x12\r\n\x05proof\x18\x11 \x01(\t\x12\x13\n\x0btrained_for\x18\x12 \x01(\t\x12\x14\n\x0cmodule_count\x18\x13 \x01(\x05\"=\n\x0c\x41\x64\x61pterSlice\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0f\n\x07scaling\x18\x03 \x01(\x01\"\x9f\x01\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x18\n\x10\x65xpected_version\x18\x04 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\x12\x12\n\nallow_zero\x18\x06 \x01(\x08\x12\x18\n\x10\x61llow_other_base\x18\x07 \x01(\x08\"a\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x15.lorikeet.v1.LoadPlan\"\x9d\x01\n\x08LoadPlan\x12\x0e\n\x06is_new\x18\x01 \x01(\x08\x12\x12\n\nhost_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x03\x12\x11\n\tfits_host\x18\x04 \x01(\x08\x12\x13\n\x0b\x66its_device\x18\x05 \x01(\x08\x12/\n\tevictions\x18\x06 \x03(\x0b\x32\x1c.lorikeet.v1.AdapterEviction\"^\n\x0f\x41\x64\x61pterEviction\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x04tier\x18\x03 \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"=\n\x16RollbackAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"@\n\x17RollbackAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"c\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\x12&\n\x08versions\x18\x02 \x03(\x0b\x32\x14.lorikeet.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lorikeet.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x16PrefetchAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12&\n\x04tier\x18\x02 \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\"@\n\x17PrefetchAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"O\n\x11PinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12&\n\x04tier\x18\x02 \x01(\x0e\x32\x18.lorikeet.v1.AdapterTier\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\")\n\x13UnpinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"@\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x07targets\x18\x02 \x03(\x0b\x32\x18.lorikeet.v1.AliasTarget\"B\n\x0b\x41liasTarget\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"4\n\x0fSetAliasRequest\x12!\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x12.lorikeet.v1.Alias\"5\n\x10SetAliasResponse\x12!\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x12.lorikeet.v1.Alias\"\"\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\";\n\x12ListAliasesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x13ListAliasesResponse\x12#\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x12.lorikeet.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xb1\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_STORED\x10\x05*r\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x03\x32\xab\x07\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.lorikeet.v1.LoadAdapterRequest\x1a .lorikeet.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.lorikeet.v1.UnloadAdapterRequest\x1a\".lorikeet.v1.UnloadAdapterResponse\x12\\\n\x0fRollbackAdapter\x12#.lorikeet.v1.RollbackAdapterRequest\x1a$.lorikeet.v1.RollbackAdapterResponse\x12M\n\nGetAdapter\x12\x1e.lorikeet.v1.GetAdapterRequest\x1a\x1f.lorikeet.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .lorikeet.v1.ListAdaptersRequest\x1a!.lorikeet.v1.ListAdaptersResponse\x12\\\n\x0fPrefetchAdapter\x12#.lorikeet.v1.PrefetchAdapterRequest\x1a$.lorikeet.v1.PrefetchAdapterResponse\x12M\n\nPinAdapter\x12\x1e.lorikeet.v1.PinAdapterRequest\x1a\x1f.lorikeet.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .lorikeet.v1.UnpinAdapterRequest\x1a!.lorikeet.v1.UnpinAdapterResponse\x12G\n\x08SetAlias\x12\x1c.lorikeet.v1.SetAliasRequest\x1a\x1d.lorikeet.v1.SetAliasResponse\x12P\n\x0b\x44\x65leteAlias\x12\x1f.lorikeet.v1.DeleteAliasRequest\x1a .lorikeet.v1.DeleteAliasResponse\x12P\n\x0bListAliases\x12\x1f.lorikeet.v1.ListAliasesRequest\x1a .lorikeet.v1.ListAliasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorikeet.protos.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=938
-  _globals['_ADAPTERSTATE']._serialized_end=1089
-  _globals['_ADAPTERTIER']._serialized_start=1091
-  _globals['_ADAPTERTIER']._serialized_end=1205
+  _globals['_ADAPTERSTATE']._serialized_start=2493
+  _globals['_ADAPTERSTATE']._serialized_end=2670
+  _globals['_ADAPTERTIER']._serialized_start=2672
+  _globals['_ADAPTERTIER']._serialized_end=2786
   _globals['_ADAPTER']._serialized_start=84
-  _globals['_ADAPTER']._serialized_end=432
-  _globals['_ADAPTERSLICE']._serialized_start=434
-  _globals['_ADAPTERSLICE']._serialized_end=495
-  _globals['_LOADADAPTERREQUEST']._serialized_start=497
-  _globals['_LOADADAPTERREQUEST']._serialized_end=551
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=553
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=613
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=615
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=657
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=659
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=682
-  _globals['_GETADAPTERREQUEST']._serialized_start=684
-  _globals['_GETADAPTERREQUEST']._serialized_end=723
-  _globals['_GETADAPTERRESPONSE']._serialized_start=725
-  _globals['_GETADAPTERRESPONSE']._serialized_end=784
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=786
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=846
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=848
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=935
-  _globals['_ADAPTERSERVICE']._serialized_start=1208
-  _globals['_ADAPTERSERVICE']._serialized_end=1558
+  _globals['_ADAPTER']._serialized_end=571
+  _globals['_ADAPTERSLICE']._serialized_start=573
+  _globals['_ADAPTERSLICE']._serialized_end=634
+  _globals['_LOADADAPTERREQUEST']._serialized_start=637
+  _globals['_LOADADAPTERREQUEST']._serialized_end=796
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=798
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=895
+  _globals['_LOADPLAN']._serialized_start=898
+  _globals['_LOADPLAN']._serialized_end=1055
+  _globals['_ADAPTEREVICTION']._serialized_start=1057
+  _globals['_ADAPTEREVICTION']._serialized_end=1151
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1153
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1195
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1197
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1220
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=1222
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=1283
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=1285
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=1349
+  _globals['_GETADAPTERREQUEST']._serialized_start=1351
+  _globals['_GETADAPTERREQUEST']._serialized_end=1390
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1392
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1491
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1493
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1553
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1555
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1642
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_start=1644
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_end=1728
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_start=1730
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_end=1794
+  _globals['_PINADAPTERREQUEST']._serialized_start=1796
+  _globals['_PINADAPTERREQUEST']._serialized_end=1875
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1877
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1936
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1938
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1979
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1981
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=2042
+  _globals['_ALIAS']._serialized_start=2044
+  _globals['_ALIAS']._serialized_end=2108
+  _globals['_ALIASTARGET']._serialized_start=2110
+  _globals['_ALIASTARGET']._serialized_end=2176
+  _globals['_SETALIASREQUEST']._serialized_start=2178
+  _globals['_SETALIASREQUEST']._serialized_end=2230
+  _globals['_SETALIASRESPONSE']._serialized_start=2232
+  _globals['_SETALIASRESPONSE']._serialized_end=2285
+  _globals['_DELETEALIASREQUEST']._serialized_start=2287
+  _globals['_DELETEALIASREQUEST']._serialized_end=2321
+  _globals['_DELETEALIASRESPONSE']._serialized_start=2323
+  _globals['_DELETEALIASRESPONSE']._serialized_end=2344
+  _globals['_LISTALIASESREQUEST']._serialized_start=2346
+  _globals['_LISTALIASESREQUEST']._serialized_end=2405
+  _globals['_LISTALIASESRESPONSE']._serialized_start=2407
+  _globals['_LISTALIASESRESPONSE']._serialized_end=2490
+  _globals['_ADAPTERSERVICE']._serialized_start=2789
+  _globals['_ADAPTERSERVICE']._serialized_end=3728
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,8 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     """It was unloaded or replaced, and requests in flight still use it."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
     """Its last load failed; see Adapter.error."""
+    ADAPTER_STATE_STORED: _AdapterState.ValueType  # 5
+    """It is not served, but its files are kept: RollbackAdapter or SetAlias bring it back."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
     """AdapterState says whether requests can use an adapter."""
@@ -48,6 +50,8 @@ ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
 """It was unloaded or replaced, and requests in flight still use it."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
 """Its last load failed; see Adapter.error."""
+ADAPTER_STATE_STORED: AdapterState.ValueType  # 5
+"""It is not served, but its files are kept: RollbackAdapter or SetAlias bring it back."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _AdapterTier:
@@ -78,7 +82,7 @@ Global___AdapterTier: _TypeAlias = AdapterTier  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """Adapter is one adapter in its current version."""
+    """Adapter is one version of an adapter; or an id whose load is under way or failed, then without version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -95,6 +99,12 @@ class Adapter(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    PINNED_TIER_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    TRAINED_FOR_FIELD_NUMBER: _builtins.int
+    MODULE_COUNT_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """adapter_id is what requests name. It matches [A-Za-z0-9][A-Za-z0-9._-]{0,127}."""
     version: _builtins.str
@@ -119,6 +129,16 @@ class Adapter(_message.Message):
     """warning is something that does not keep it from being served but may be a mistake, such as another base's name in
     its configuration. Empty: nothing.
     """
+    current: _builtins.bool
+    """current says whether requests that name adapter_id alone get this version."""
+    pinned_tier: Global___AdapterTier.ValueType
+    """pinned_tier is the tier that it is kept in. Unspecified: it is not pinned."""
+    proof: _builtins.str
+    """proof says what its golden file proved when it was loaded. Empty: it has none."""
+    trained_for: _builtins.str
+    """trained_for is the base model that its configuration names. Empty: none."""
+    module_count: _builtins.int
+    """module_count is how many linear layers it adapts."""
     @_builtins.property
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSlice]:
         """slices lists the kinds of linear layers it adapts."""
@@ -126,6 +146,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def load_time(self) -> _timestamp_pb2.Timestamp:
         """load_time is when this version was published."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """aliases are the names that lead to this version, sorted."""
 
     def __init__(
         self,
@@ -143,10 +167,16 @@ class Adapter(_message.Message):
         source: _builtins.str = ...,
         method: _builtins.str = ...,
         warning: _builtins.str = ...,
+        current: _builtins.bool = ...,
+        pinned_tier: Global___AdapterTier.ValueType = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        proof: _builtins.str = ...,
+        trained_for: _builtins.str = ...,
+        module_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "error", b"error", "in_flight_requests", b"in_flight_requests", "load_time", b"load_time", "max_rank", b"max_rank", "method", b"method", "size_bytes", b"size_bytes", "slices", b"slices", "source", b"source", "state", b"state", "tier", b"tier", "version", b"version", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "aliases", b"aliases", "current", b"current", "error", b"error", "in_flight_requests", b"in_flight_requests", "load_time", b"load_time", "max_rank", b"max_rank", "method", b"method", "module_count", b"module_count", "pinned_tier", b"pinned_tier", "proof", b"proof", "size_bytes", b"size_bytes", "slices", b"slices", "source", b"source", "state", b"state", "tier", b"tier", "trained_for", b"trained_for", "version", b"version", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,21 +220,43 @@ class LoadAdapterRequest(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    ALLOW_ZERO_FIELD_NUMBER: _builtins.int
+    ALLOW_OTHER_BASE_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """adapter_id is the id to publish it under. It matches [A-Za-z0-9][A-Za-z0-9._-]{0,127}."""
     path: _builtins.str
     """path is the adapter's folder, absolute or relative to an adapter directory; it lies inside one of the server's
     `--adapters` directories, else INVALID_ARGUMENT. Empty: the folder named adapter_id in one of them.
     """
+    source: _builtins.str
+    """source is a URI to fetch the adapter from instead: hf://org/name[@revision], s3://, gs://, http:// or https://. It
+    begins with one of the server's `--adapter-sources`, else INVALID_ARGUMENT. Only one of path and source is set.
+    """
+    expected_version: _builtins.str
+    """expected_version is the version that the content must have, as a full digest, else FAILED_PRECONDITION. Empty: any."""
+    dry_run: _builtins.bool
+    """dry_run reads and checks everything, answers with a plan, and changes nothing. A golden file is not replayed."""
+    allow_zero: _builtins.bool
+    """allow_zero accepts an adapter that changes nothing (all of its deltas are zero)."""
+    allow_other_base: _builtins.bool
+    """allow_other_base accepts an adapter whose configuration or card names another base, if its shapes fit."""
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
         path: _builtins.str = ...,
+        source: _builtins.str = ...,
+        expected_version: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        allow_zero: _builtins.bool = ...,
+        allow_other_base: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "allow_other_base", b"allow_other_base", "allow_zero", b"allow_zero", "dry_run", b"dry_run", "expected_version", b"expected_version", "path", b"path", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,22 +269,104 @@ class LoadAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """adapter is the published adapter."""
+        """adapter is the published adapter; with dry_run, as it would be."""
+
+    @_builtins.property
+    def plan(self) -> Global___LoadPlan:
+        """plan says what a load would do. Set with dry_run only."""
 
     def __init__(
         self,
         *,
         adapter: Global___Adapter | None = ...,
+        plan: Global___LoadPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class LoadPlan(_message.Message):
+    """LoadPlan is what a load would do right now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_NEW_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    FITS_HOST_FIELD_NUMBER: _builtins.int
+    FITS_DEVICE_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    is_new: _builtins.bool
+    """is_new says whether the content differs from the current version."""
+    host_bytes: _builtins.int
+    """host_bytes is what a copy takes in host memory."""
+    device_bytes: _builtins.int
+    """device_bytes is what a copy takes in device memory."""
+    fits_host: _builtins.bool
+    """fits_host says whether a copy would fit into host memory now, after the evictions."""
+    fits_device: _builtins.bool
+    """fits_device says whether a copy would fit into device memory now, after the evictions. False: a request would wait
+    until running requests or pins let go of memory.
+    """
+    @_builtins.property
+    def evictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterEviction]:
+        """evictions are the idle copies that would have to go, in this order."""
+
+    def __init__(
+        self,
+        *,
+        is_new: _builtins.bool = ...,
+        host_bytes: _builtins.int = ...,
+        device_bytes: _builtins.int = ...,
+        fits_host: _builtins.bool = ...,
+        fits_device: _builtins.bool = ...,
+        evictions: _abc.Iterable[Global___AdapterEviction] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_bytes", b"device_bytes", "evictions", b"evictions", "fits_device", b"fits_device", "fits_host", b"fits_host", "host_bytes", b"host_bytes", "is_new", b"is_new"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadPlan: _TypeAlias = LoadPlan  # noqa: Y015
+
+@_typing.final
+class AdapterEviction(_message.Message):
+    """AdapterEviction is a copy that would have to go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is whose copy it is."""
+    version: _builtins.str
+    """version is its version."""
+    tier: Global___AdapterTier.ValueType
+    """tier is the memory that it would leave."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        version: _builtins.str = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "tier", b"tier", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterEviction: _TypeAlias = AdapterEviction  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
@@ -242,7 +376,7 @@ class UnloadAdapterRequest(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """adapter_id is the adapter to unload. Unknown: NOT_FOUND."""
+    """adapter_id is the adapter to unload; not an alias. Unknown: NOT_FOUND."""
     def __init__(
         self,
         *,
@@ -274,6 +408,58 @@ class UnloadAdapterResponse(_message.Message):
 Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
+class RollbackAdapterRequest(_message.Message):
+    """RollbackAdapterRequest names an adapter and a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is the adapter. Unknown: NOT_FOUND."""
+    version: _builtins.str
+    """version is the digest, or a prefix of it of 4 digits or more, of the version to make current. Empty: the one that
+    was current before.
+    """
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterRequest: _TypeAlias = RollbackAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterResponse(_message.Message):
+    """RollbackAdapterResponse describes the adapter that requests now get."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """adapter is the version that is current now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterResponse: _TypeAlias = RollbackAdapterResponse  # noqa: Y015
+
+@_typing.final
 class GetAdapterRequest(_message.Message):
     """GetAdapterRequest names an adapter."""
 
@@ -281,7 +467,7 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """adapter_id is the adapter to describe. Unknown: NOT_FOUND."""
+    """adapter_id is the adapter to describe: an id, or `id@digest-prefix` for one version. Unknown: NOT_FOUND."""
     def __init__(
         self,
         *,
@@ -302,18 +488,24 @@ class GetAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter:
         """adapter is the adapter asked for."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """versions are all known versions of its id, the current one first."""
 
     def __init__(
         self,
         *,
         adapter: Global___Adapter | None = ...,
+        versions: _abc.Iterable[Global___Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,3 +564,352 @@ class ListAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class PrefetchAdapterRequest(_message.Message):
+    """PrefetchAdapterRequest names a version and a tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is what to bring in: an id, an alias with one target, or `id@digest-prefix`. Unknown: NOT_FOUND."""
+    tier: Global___AdapterTier.ValueType
+    """tier is where to: host or device. Unspecified: device."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchAdapterRequest: _TypeAlias = PrefetchAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PrefetchAdapterResponse(_message.Message):
+    """PrefetchAdapterResponse says where the version is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """adapter is the version."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchAdapterResponse: _TypeAlias = PrefetchAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PinAdapterRequest(_message.Message):
+    """PinAdapterRequest names an adapter and a tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is the adapter to keep; an id. Unknown: NOT_FOUND."""
+    tier: Global___AdapterTier.ValueType
+    """tier is where to keep it: host or device. Unspecified: device. Pins that would leave no room for the largest of the
+    other adapters: RESOURCE_EXHAUSTED.
+    """
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterRequest: _TypeAlias = PinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PinAdapterResponse(_message.Message):
+    """PinAdapterResponse says where the adapter is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """adapter is the pinned adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterResponse: _TypeAlias = PinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterRequest(_message.Message):
+    """UnpinAdapterRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is the adapter; an id. Unknown: NOT_FOUND."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterRequest: _TypeAlias = UnpinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterResponse(_message.Message):
+    """UnpinAdapterResponse says where the adapter is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """adapter is the adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class Alias(_message.Message):
+    """Alias is a name that requests may use like an adapter id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """name matches the pattern of adapter ids and is no adapter's id."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """targets are the versions that it leads to, 1 to 8."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alias: _TypeAlias = Alias  # noqa: Y015
+
+@_typing.final
+class AliasTarget(_message.Message):
+    """AliasTarget is one version that an alias leads to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """adapter_id is the adapter. In SetAlias also `id@digest-prefix`; without a prefix, its current version is meant, and
+    the alias stays with that version.
+    """
+    version: _builtins.str
+    """version is the full digest. In SetAlias it may be left out."""
+    weight: _builtins.float
+    """weight is its share of the requests relative to the other targets' weights, above 0. 0 or unset: 1."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        version: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasTarget: _TypeAlias = AliasTarget  # noqa: Y015
+
+@_typing.final
+class SetAliasRequest(_message.Message):
+    """SetAliasRequest describes an alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alias(self) -> Global___Alias:
+        """alias is the alias as it shall be."""
+
+    def __init__(
+        self,
+        *,
+        alias: Global___Alias | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasResponse(_message.Message):
+    """SetAliasResponse describes the alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alias(self) -> Global___Alias:
+        """alias has its targets' full digests."""
+
+    def __init__(
+        self,
+        *,
+        alias: Global___Alias | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    """DeleteAliasRequest names an alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """name is the alias."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    """DeleteAliasResponse says that the alias is unknown from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class ListAliasesRequest(_message.Message):
+    """ListAliasesRequest asks for one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """page_size is how many aliases to return at most, 1 to 1000. 0: 100. More: INVALID_ARGUMENT."""
+    page_token: _builtins.str
+    """page_token is next_page_token of the page before. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasesRequest: _TypeAlias = ListAliasesRequest  # noqa: Y015
+
+@_typing.final
+class ListAliasesResponse(_message.Message):
+    """ListAliasesResponse is one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIASES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """next_page_token gets the next page. Empty: this is the last one."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
+        """aliases are in the order of their names."""
+
+    def __init__(
+        self,
+        *,
+        aliases: _abc.Iterable[Global___Alias] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasesResponse: _TypeAlias = ListAliasesResponse  # noqa: Y015

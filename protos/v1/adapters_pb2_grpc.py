@@ -27,13 +27,24 @@ if _version_not_supported:
 
 class AdapterServiceStub:
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+    ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+    BAD_REQUEST
     NOT_FOUND            ADAPTER_NOT_FOUND
-    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+    ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+    PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+    ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+    off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+    DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+    UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     def __init__(self, channel):
@@ -52,6 +63,11 @@ class AdapterServiceStub:
                 request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.RollbackAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/RollbackAdapter',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/lorikeet.v1.AdapterService/GetAdapter',
                 request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -62,22 +78,64 @@ class AdapterServiceStub:
                 request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.PrefetchAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/PrefetchAdapter',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/PinAdapter',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/UnpinAdapter',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/SetAlias',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/DeleteAlias',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/ListAliases',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+    ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+    BAD_REQUEST
     NOT_FOUND            ADAPTER_NOT_FOUND
-    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+    ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+    PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+    ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+    off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+    DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+    UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     def LoadAdapter(self, request, context):
         """LoadAdapter reads, checks and publishes an adapter. The same content again changes nothing. Other content under a
-        known id makes a new version: requests admitted before finish on theirs, later ones get the new one.
+        known id makes a new version: requests admitted before finish on theirs, later ones get the new one. With `dry_run`
+        everything is read and checked and nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,22 +143,73 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """UnloadAdapter makes an adapter unknown to later requests. Those in flight finish on it, for as long as the server's
-        adapter drain timeout lets them; the call does not wait for them.
+        adapter drain timeout lets them; the call does not wait for them. Pinned or aliased: FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAdapter(self, request, context):
+        """RollbackAdapter makes an earlier version current again, by default the one before. Calling it twice is back and forth.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """GetAdapter describes one adapter.
+        """GetAdapter describes one adapter and all its versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight still use after
-        the current one.
+        """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight or aliases still
+        use after the current one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrefetchAdapter(self, request, context):
+        """PrefetchAdapter brings a version into a tier, and answers when it is there. It may be evicted again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """PinAdapter keeps an adapter, in whatever version is current, in a tier, and answers when it is there. Pinning again
+        changes the tier.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """UnpinAdapter lets a pinned adapter be evicted again. Not pinned: nothing happens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """SetAlias creates an alias or moves it, at once: every later request sees the new targets, every earlier one keeps
+        the version it was admitted with. Several targets share the requests by weight (a canary).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """DeleteAlias makes an alias unknown to later requests. Unknown: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """ListAliases describes all aliases in the order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +228,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
             ),
+            'RollbackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapter,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.GetAdapterRequest.FromString,
@@ -128,6 +242,36 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'PrefetchAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefetchAdapter,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,13 +283,24 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+    INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+    ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+    BAD_REQUEST
     NOT_FOUND            ADAPTER_NOT_FOUND
-    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+    ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+    PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+    FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+    ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+    off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+    RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+    DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+    UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     @staticmethod
@@ -203,6 +358,33 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
+    def RollbackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/RollbackAdapter',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetAdapter(request,
             target,
             options=(),
@@ -246,6 +428,168 @@ class AdapterService:
             '/lorikeet.v1.AdapterService/ListAdapters',
             lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefetchAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/PrefetchAdapter',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PrefetchAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/PinAdapter',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/UnpinAdapter',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/SetAlias',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/DeleteAlias',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/ListAliases',
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

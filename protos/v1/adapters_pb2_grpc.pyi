@@ -28,13 +28,24 @@ GRPC_VERSION: str
 
 class AdapterServiceStub:
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+                           ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+                           BAD_REQUEST
       NOT_FOUND            ADAPTER_NOT_FOUND
-      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+      ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+      PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+                           ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+                           off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+      DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+      UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     @_typing.overload
@@ -43,56 +54,116 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """LoadAdapter reads, checks and publishes an adapter. The same content again changes nothing. Other content under a
-    known id makes a new version: requests admitted before finish on theirs, later ones get the new one.
+    known id makes a new version: requests admitted before finish on theirs, later ones get the new one. With `dry_run`
+    everything is read and checked and nothing changes.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """UnloadAdapter makes an adapter unknown to later requests. Those in flight finish on it, for as long as the server's
-    adapter drain timeout lets them; the call does not wait for them.
+    adapter drain timeout lets them; the call does not wait for them. Pinned or aliased: FAILED_PRECONDITION.
     """
+    RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]
+    """RollbackAdapter makes an earlier version current again, by default the one before. Calling it twice is back and forth."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
-    """GetAdapter describes one adapter."""
+    """GetAdapter describes one adapter and all its versions."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight still use after
-    the current one.
+    """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight or aliases still
+    use after the current one.
     """
+    PrefetchAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PrefetchAdapterRequest, _adapters_pb2.PrefetchAdapterResponse]
+    """PrefetchAdapter brings a version into a tier, and answers when it is there. It may be evicted again."""
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
+    """PinAdapter keeps an adapter, in whatever version is current, in a tier, and answers when it is there. Pinning again
+    changes the tier.
+    """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]
+    """UnpinAdapter lets a pinned adapter be evicted again. Not pinned: nothing happens."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
+    """SetAlias creates an alias or moves it, at once: every later request sees the new targets, every earlier one keeps
+    the version it was admitted with. Several targets share the requests by weight (a canary).
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]
+    """DeleteAlias makes an alias unknown to later requests. Unknown: NOT_FOUND."""
+    ListAliases: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]
+    """ListAliases describes all aliases in the order of their names."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+                           ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+                           BAD_REQUEST
       NOT_FOUND            ADAPTER_NOT_FOUND
-      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+      ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+      PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+                           ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+                           off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+      DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+      UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """LoadAdapter reads, checks and publishes an adapter. The same content again changes nothing. Other content under a
-    known id makes a new version: requests admitted before finish on theirs, later ones get the new one.
+    known id makes a new version: requests admitted before finish on theirs, later ones get the new one. With `dry_run`
+    everything is read and checked and nothing changes.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """UnloadAdapter makes an adapter unknown to later requests. Those in flight finish on it, for as long as the server's
-    adapter drain timeout lets them; the call does not wait for them.
+    adapter drain timeout lets them; the call does not wait for them. Pinned or aliased: FAILED_PRECONDITION.
     """
+    RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]  # type: ignore[assignment]
+    """RollbackAdapter makes an earlier version current again, by default the one before. Calling it twice is back and forth."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
-    """GetAdapter describes one adapter."""
+    """GetAdapter describes one adapter and all its versions."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight still use after
-    the current one.
+    """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight or aliases still
+    use after the current one.
     """
+    PrefetchAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PrefetchAdapterRequest, _adapters_pb2.PrefetchAdapterResponse]  # type: ignore[assignment]
+    """PrefetchAdapter brings a version into a tier, and answers when it is there. It may be evicted again."""
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """PinAdapter keeps an adapter, in whatever version is current, in a tier, and answers when it is there. Pinning again
+    changes the tier.
+    """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """UnpinAdapter lets a pinned adapter be evicted again. Not pinned: nothing happens."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """SetAlias creates an alias or moves it, at once: every later request sees the new targets, every earlier one keeps
+    the version it was admitted with. Several targets share the requests by weight (a canary).
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """DeleteAlias makes an alias unknown to later requests. Unknown: NOT_FOUND."""
+    ListAliases: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAliasesRequest, _adapters_pb2.ListAliasesResponse]  # type: ignore[assignment]
+    """ListAliases describes all aliases in the order of their names."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdapterService manages the adapters that requests can name. Adapters also come and go with their folders under the
-    server's `--adapters` directories; this service does the same on demand.
+    server's `--adapters` directories; this service does the same on demand. What a call has changed (loads, unloads,
+    rollbacks, pins, aliases) is on disk before it answers, and is so again after a restart with the same `--state-dir`.
+
+    Metadata: `x-lorikeet-client` (optional) names the client to the server's policy file.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet"):
-      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), BAD_REQUEST
+      INVALID_ARGUMENT     ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID (malformed, or it fits several versions),
+                           ADAPTER_INVALID (not a complete, finite, well-formed PEFT checkpoint), ADAPTER_SOURCE_INVALID,
+                           BAD_REQUEST
       NOT_FOUND            ADAPTER_NOT_FOUND
-      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly)
-      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it can never fit into the configured budget)
+      ALREADY_EXISTS       ADAPTER_EXISTS (an alias and an adapter may not have the same name)
+      PERMISSION_DENIED    CLIENT_NOT_ALLOWED
+      FAILED_PRECONDITION  ADAPTER_INCOMPATIBLE (well-formed, but this base or this server cannot serve it exactly),
+                           ADAPTER_MISMATCH (not the expected version), ADAPTER_PROOF_FAILED (its golden file's logits are
+                           off), ADAPTER_IN_USE (pinned or aliased), ADAPTER_NO_VERSION (nothing to go back to)
+      RESOURCE_EXHAUSTED   ADAPTER_MEMORY (it does not fit into the configured budgets)
+      DEADLINE_EXCEEDED    ADAPTER_NOT_READY (PrefetchAdapter, PinAdapter: it did not come in time)
+      UNAVAILABLE          ADAPTER_UNREADABLE (a disk or remote store failed; try again), ADAPTER_UNLOADED
     """
 
     @_abc_1.abstractmethod
@@ -102,7 +173,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
         """LoadAdapter reads, checks and publishes an adapter. The same content again changes nothing. Other content under a
-        known id makes a new version: requests admitted before finish on theirs, later ones get the new one.
+        known id makes a new version: requests admitted before finish on theirs, later ones get the new one. With `dry_run`
+        everything is read and checked and nothing changes.
         """
 
     @_abc_1.abstractmethod
@@ -112,8 +184,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
         """UnloadAdapter makes an adapter unknown to later requests. Those in flight finish on it, for as long as the server's
-        adapter drain timeout lets them; the call does not wait for them.
+        adapter drain timeout lets them; the call does not wait for them. Pinned or aliased: FAILED_PRECONDITION.
         """
+
+    @_abc_1.abstractmethod
+    def RollbackAdapter(
+        self,
+        request: _adapters_pb2.RollbackAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.RollbackAdapterResponse, _abc.Awaitable[_adapters_pb2.RollbackAdapterResponse]]:
+        """RollbackAdapter makes an earlier version current again, by default the one before. Calling it twice is back and forth."""
 
     @_abc_1.abstractmethod
     def GetAdapter(
@@ -121,7 +201,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]:
-        """GetAdapter describes one adapter."""
+        """GetAdapter describes one adapter and all its versions."""
 
     @_abc_1.abstractmethod
     def ListAdapters(
@@ -129,8 +209,60 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight still use after
-        the current one.
+        """ListAdapters describes all adapters in the order of their ids, and versions that requests in flight or aliases still
+        use after the current one.
         """
+
+    @_abc_1.abstractmethod
+    def PrefetchAdapter(
+        self,
+        request: _adapters_pb2.PrefetchAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.PrefetchAdapterResponse, _abc.Awaitable[_adapters_pb2.PrefetchAdapterResponse]]:
+        """PrefetchAdapter brings a version into a tier, and answers when it is there. It may be evicted again."""
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapters_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.PinAdapterResponse, _abc.Awaitable[_adapters_pb2.PinAdapterResponse]]:
+        """PinAdapter keeps an adapter, in whatever version is current, in a tier, and answers when it is there. Pinning again
+        changes the tier.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _adapters_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapters_pb2.UnpinAdapterResponse]]:
+        """UnpinAdapter lets a pinned adapter be evicted again. Not pinned: nothing happens."""
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _adapters_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
+        """SetAlias creates an alias or moves it, at once: every later request sees the new targets, every earlier one keeps
+        the version it was admitted with. Several targets share the requests by weight (a canary).
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapters_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]:
+        """DeleteAlias makes an alias unknown to later requests. Unknown: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def ListAliases(
+        self,
+        request: _adapters_pb2.ListAliasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.ListAliasesResponse, _abc.Awaitable[_adapters_pb2.ListAliasesResponse]]:
+        """ListAliases describes all aliases in the order of their names."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

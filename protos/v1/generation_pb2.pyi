@@ -59,13 +59,14 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """request_id names the request in logs and in the answer. At most 128 printable ASCII characters. It need not be
     unique. Empty: taken from `x-request-id` metadata, or made up.
     """
     adapter_id: _builtins.str
-    """adapter_id is the adapter that answers, in its current version at the time of admission. Empty: the base model.
-    Unknown: NOT_FOUND.
+    """adapter_id is what answers: an adapter's id, in its current version at the time of admission; an alias; or
+    `id@digest-prefix`, one version. Empty: the base model. Unknown: NOT_FOUND.
     """
     prompt: _builtins.str
     """prompt is text to continue. It is tokenized as the base's tokenizer does by default, a beginning-of-sequence token
@@ -78,6 +79,10 @@ class GenerateRequest(_message.Message):
     logprobs: _builtins.int
     """logprobs asks for the log probability of each generated token and of this many likeliest alternatives, 0 to 20.
     Unset: none are returned. 0: only those of the generated tokens.
+    """
+    routing_key: _builtins.str
+    """routing_key decides which target of an alias with several answers: requests with the same key get the same target for
+    as long as the alias' weights stay as they are. At most 256 characters. Empty: a target is drawn for this request.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
@@ -109,10 +114,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
         logprobs: _builtins.int | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "adapter_id", b"adapter_id", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "adapter_id", b"adapter_id", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "messages", b"messages", "prompt", b"prompt", "request_id", b"request_id", "routing_key", b"routing_key", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -29,13 +29,16 @@ class GenerationServiceStub:
     """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
-    comes back as initial metadata of the same name. The call's deadline is honoured: a request that has not ended by then
-    is stopped and its memory freed; so is one whose client cancels or goes away.
+    comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
+    file. The call's deadline is honoured: a request that has not ended by then is stopped and its memory freed; so is one
+    whose client cancels or goes away.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
-    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
+    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
+    PERMISSION_DENIED   CLIENT_NOT_ALLOWED
+    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
+    DEVICE_MEMORY
     UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
     INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
@@ -63,13 +66,16 @@ class GenerationServiceServicer:
     """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
-    comes back as initial metadata of the same name. The call's deadline is honoured: a request that has not ended by then
-    is stopped and its memory freed; so is one whose client cancels or goes away.
+    comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
+    file. The call's deadline is honoured: a request that has not ended by then is stopped and its memory freed; so is one
+    whose client cancels or goes away.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
-    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
+    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
+    PERMISSION_DENIED   CLIENT_NOT_ALLOWED
+    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
+    DEVICE_MEMORY
     UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
     INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
@@ -115,13 +121,16 @@ class GenerationService:
     """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
-    comes back as initial metadata of the same name. The call's deadline is honoured: a request that has not ended by then
-    is stopped and its memory freed; so is one whose client cancels or goes away.
+    comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
+    file. The call's deadline is honoured: a request that has not ended by then is stopped and its memory freed; so is one
+    whose client cancels or goes away.
 
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
-    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID
+    INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
-    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_MEMORY, DEVICE_MEMORY
+    PERMISSION_DENIED   CLIENT_NOT_ALLOWED
+    RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
+    DEVICE_MEMORY
     UNAVAILABLE         DRAINING, ENGINE_DEAD, ADAPTER_UNLOADED
     DEADLINE_EXCEEDED   DEADLINE_EXCEEDED
     INTERNAL            NON_FINITE_LOGITS, INTERNAL (the message carries the request id to look for in the server's log)
