@@ -20,7 +20,7 @@ from .paths import open_contained
 from .scaling import Scaling
 from .sites import SiteTable
 from .tensor_map import ModuleTensors, count_elements, group_tensors, match_sites
-from .weights_file import WEIGHTS_FILE, TensorInfo, new_digest, read_header, read_payload
+from .weights_file import WEIGHTS_FILE, TensorInfo, new_digest, read_header, read_payload, unreadable
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -53,11 +53,13 @@ class Checkpoint:
         config: parsed.
         digest: hex SHA-256 of the config's bytes followed by the weights file's bytes.
         modules: module path -> tensors; CPU, float16, bfloat16 or float32, views of one buffer.
+        files: name -> its bytes, in pieces; what was hashed.
     """
 
     config: AdapterConfig
     digest: str
     modules: dict[str, AdaptedModule]
+    files: dict[str, tuple[bytes | bytearray, ...]]
 
 
 def load_checkpoint(
@@ -94,8 +96,9 @@ def load_checkpoint(
         digest = new_digest()
         digest.update(config_bytes)
         payload = read_payload(file, header, digest)
-    modules = {module: _adapted_module(group, payload) for module, group in groups.items()}
-    return Checkpoint(config, digest.hexdigest(), modules)
+    modules = {module: read_module(group, payload) for module, group in groups.items()}
+    files = {CONFIG_FILE: (config_bytes,), WEIGHTS_FILE: (header.raw, payload)}
+    return Checkpoint(config, digest.hexdigest(), modules, files)
 
 
 def read_config(directory: Path, roots: Sequence[Path] = ()) -> tuple[bytes, AdapterConfig]:
@@ -104,7 +107,7 @@ def read_config(directory: Path, roots: Sequence[Path] = ()) -> tuple[bytes, Ada
         try:
             data = file.read(MAX_CONFIG_BYTES + 1)
         except OSError:
-            raise AdapterInvalidError(f"{CONFIG_FILE} cannot be read.", {"file": CONFIG_FILE}) from None
+            raise unreadable(CONFIG_FILE) from None
     return data, parse_config(data)
 
 
@@ -135,7 +138,12 @@ def _names(directory: Path) -> list[str]:
         raise AdapterInvalidError("The adapter folder cannot be read.") from None
 
 
-def _adapted_module(group: ModuleTensors, payload: bytearray) -> AdaptedModule:
+def read_module(group: ModuleTensors, payload: bytearray) -> AdaptedModule:
+    """The tensors of one module, as views of the payload.
+
+    Raises:
+        AdapterInvalidError: a value is not finite; names the tensor.
+    """
     return AdaptedModule(
         scaling=group.scaling,
         lora_a=_tensor(group.lora_a, payload),

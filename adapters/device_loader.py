@@ -13,7 +13,7 @@ import structlog
 import torch
 
 from .device_store import DeviceStore, Placement
-from .errors import ServingError
+from .errors import AdapterMemoryError, ServingError
 from .packing import PackedAdapter
 from .registry import Registry
 from .version import AdapterVersion
@@ -129,7 +129,7 @@ class DeviceLoader:
     def _patience(self) -> float | None:
         """How long to wait for a change, in seconds."""
         deadline = self._registry.next_deadline()
-        timeouts = [RETRY_S] if self._registry.wanted else []
+        timeouts = [RETRY_S] if self._registry.wanted or self._registry.host_wanted else []
         if deadline is not None:
             timeouts.append(max(0.0, deadline - time.monotonic()))
         return min(timeouts, default=None)
@@ -141,6 +141,9 @@ class DeviceLoader:
             if record.host is None and not record.host_claimed:
                 if not registry.claim_host(version, urgent=True):
                     break
+                self._read_again(version)
+        for version in list(registry.host_wanted):
+            if registry.claim_host(version, urgent=False):
                 self._read_again(version)
         if self.compaction_wanted:
             return None
@@ -159,17 +162,22 @@ class DeviceLoader:
     def _bring_in(self, copy: _Copy) -> None:
         try:
             self._write(copy)
-        except Exception:
+        except Exception as cause:
             # Whatever went wrong must neither end this thread nor reach the step loop.
             _log.exception("adapter_copy_failed", adapter=copy.version.adapter_id, digest=copy.version.digest)
-            error = ServingError(f"Adapter {copy.version.adapter_id!r} could not be copied to the device.")
+            out_of_memory = isinstance(cause, torch.OutOfMemoryError | MemoryError)
             with self._changed:
                 self._store.remove(copy.placement.slot)
                 self._registry.abandon_device(copy.version)
-                self._registry.fail_version(copy.version, error)
+                if out_of_memory:
+                    self._registry.fail_waiting(copy.version, _out_of_memory(copy.version.adapter_id))
+                else:
+                    self._registry.fail_version(copy.version, _not_copied(copy.version.adapter_id))
+                self._changed.notify_all()
         else:
             with self._changed:
                 self._registry.fill_device(copy.version, copy.placement.slot, time.monotonic())
+                self._changed.notify_all()
         self._tell(self._events.on_ready)
 
     def _write(self, copy: _Copy) -> None:
@@ -188,3 +196,15 @@ class DeviceLoader:
             callback(*args)
         except Exception:
             _log.exception("adapter_callback_failed")
+
+
+def _out_of_memory(adapter_id: str) -> AdapterMemoryError:
+    return AdapterMemoryError(
+        f"The device had no memory left while adapter {adapter_id!r} was copied to it. Try again, or lower what the "
+        "server holds there (--kv-cache-bytes, --adapter-device-bytes).",
+        {"adapter_id": adapter_id},
+    )
+
+
+def _not_copied(adapter_id: str) -> ServingError:
+    return ServingError(f"Adapter {adapter_id!r} could not be copied to the device; the server's log has the details.")

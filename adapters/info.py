@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from .scaling import Scaling
 
@@ -130,6 +130,9 @@ class LoadOptions:
     expected_digest: str = ""
 
 
+DEFAULT_OPTIONS: Final = LoadOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Eviction:
     """A copy that would have to go."""
@@ -168,13 +171,15 @@ class AdapterStats:
         adapters: every version and every loading or failed id, sorted by id.
         bytes_used: by tier (host and device), evictable memory included.
         bytes_budget: by tier (host and device).
-        wanted: versions that requests wait for.
+        wanted: versions that wait to come to the device.
+        num_aliases: aliases.
     """
 
     adapters: tuple[AdapterInfo, ...]
     bytes_used: Mapping[Tier, int]
     bytes_budget: Mapping[Tier, int]
     wanted: int
+    num_aliases: int = 0
 
     def names_by_tier(self) -> dict[Tier, list[str]]:
         """Ids of ready adapters by tier."""

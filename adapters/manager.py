@@ -1,37 +1,53 @@
 """The adapters of a server: loading, replacing, unloading, and bringing them to the device. Thread-safe.
 
-Four kinds of threads meet here. Callers of `load` wait (in an executor); a small pool reads, checks and packs; one
-thread copies to the device (`DeviceLoader`); the engine's step thread activates versions and compacts the arena between
-steps. All of them share one lock, held for bookkeeping only: never while something is read, copied or waited for.
+This is the face of the package: requests and the step thread are answered here, everything else is handed on to
+`loading.py` (from a source to a published version), `administration.py` (aliases, pins, rollback), `restoring.py`
+(after a restart) and `device_loader.py` (the thread that copies to the device). They share `core.py`: one lock for
+bookkeeping, never held while something is read, copied or waited for, and one for durable changes.
 """
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Final
 
 import structlog
 import torch
 
+from .administration import AdapterAdministration
+from .core import ManagerCore, Prover
 from .device_loader import DeviceLoader, Events
 from .device_store import DeviceStore
-from .errors import AdapterMemoryError, AdapterUnloadedError, ServingError
+from .errors import AdapterIdError, ServingError
 from .fingerprint import BaseFingerprint
-from .info import AdapterInfo, AdapterObserver, AdapterStats, SilentObserver, Tier
-from .listing import get_info, list_infos, record_info
-from .paths import adapter_directory, check_adapter_id
-from .reader import AdapterReader, LoadedAdapter
-from .registry import Registry
+from .info import (
+    DEFAULT_OPTIONS,
+    AdapterDetails,
+    AdapterInfo,
+    AdapterObserver,
+    AdapterStats,
+    AliasInfo,
+    LoadOptions,
+    LoadPlan,
+    SilentObserver,
+    Tier,
+)
+from .listing import describe, find_all, find_info, list_infos, record_info
+from .loading import AdapterLoads, shutting_down
+from .lookup import find_version
+from .reader import AdapterReader
+from .reference import parse_reference
+from .restoring import restore_called, restore_names, restore_targets
 from .sites import SiteTable
+from .sources.fetch import Fetcher
+from .sources.locate import SourcePolicy
+from .state.state_dir import StateDir
 from .version import AdapterVersion
 
-# Adapters read from disk at a time. Reading is bound by the disk and by one core a thread for hashing. Those that
-# requests wait for have threads of their own, so that a folder full of new adapters does not delay them.
-LOAD_THREADS: Final = 4
-REREAD_THREADS: Final = 2
 DRAIN_DEADLINE_S: Final = 300.0
+MAX_FETCH_BYTES: Final = 16 * 2**30
+FETCH_TIMEOUT_S: Final = 600.0
 
 _log = structlog.get_logger(__name__)
 
@@ -45,16 +61,20 @@ class AdapterManager:
 
     Args:
         site_table: the base's sites.
-        base: its name.
+        base: what adapters may say of the base that they were trained for.
         dtype: compute type, of the arena.
         device: where the base runs.
         device_budget_bytes: size of the arena, allocated at once.
         host_budget_bytes: packed adapters kept in host memory.
         roots: directories that adapters may be loaded from.
+        state: what survives a restart; closed by whoever opened it.
         max_slots: adapters on the device at most.
         drain_deadline_s: how long requests may go on with a version after it was unloaded or replaced.
         observer: told of loads and evictions.
+        allowed_sources: prefixes of URIs that adapters may be fetched from.
+        max_fetch_bytes, fetch_timeout_s: largest remote adapter, and how long fetching one may take.
         allow_zero: accept adapters whose delta is zero, whoever loads them.
+        allow_other_base: accept adapters that were trained for another base, whoever loads them.
 
     Attributes:
         store: the arena and its tables, read by the LoRA layers.
@@ -76,64 +96,87 @@ class AdapterManager:
         device_budget_bytes: int,
         host_budget_bytes: int,
         roots: Sequence[Path],
+        state: StateDir,
         max_slots: int = 1024,
         drain_deadline_s: float = DRAIN_DEADLINE_S,
         observer: AdapterObserver | None = None,
+        allowed_sources: Sequence[str] = (),
+        max_fetch_bytes: int = MAX_FETCH_BYTES,
+        fetch_timeout_s: float = FETCH_TIMEOUT_S,
         allow_zero: bool = False,
+        allow_other_base: bool = False,
     ) -> None:
         self.store = DeviceStore(site_table, dtype, device, device_budget_bytes, max_slots)
         self.on_ready: Callable[[], None] = _ignore
         self.on_version_dropped: Callable[[AdapterVersion], None] = _ignore
         self.on_dead: Callable[[BaseException], None] = _ignore
         self._roots = tuple(roots)
-        self._drain_deadline_s = drain_deadline_s
-        self._observer = observer or SilentObserver()
-        self._allow_zero = allow_zero
-        self._changed = threading.Condition()
-        self._evictions: list[Tier] = []  # not yet reported; guarded by the lock
-        self._registry = Registry(
-            host_budget=host_budget_bytes,
-            device_budget=self.store.capacity_bytes,
-            max_slots=max_slots,
-            free_slot=self.store.remove,
-            on_evict=self._evictions.append,
+        self._options = LoadOptions(allow_zero, allow_other_base)
+        self._core = ManagerCore(
+            self.store,
+            host_budget_bytes=host_budget_bytes,
+            state=state,
+            observer=observer or SilentObserver(),
+            drain_deadline_s=drain_deadline_s,
         )
-        self._reader = AdapterReader(
+        self._changed, self._registry = self._core.changed, self._core.registry
+        self._sources = SourcePolicy(self._roots, tuple(allowed_sources))
+        reader = AdapterReader(
             site_table,
             base,
             dtype=dtype,
             pin_memory=device.type == "cuda",
-            roots=self._roots,
             max_bytes=min(host_budget_bytes, self.store.capacity_bytes),
         )
-        self._pool = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="adapter-load")
-        self._reread_pool = ThreadPoolExecutor(REREAD_THREADS, thread_name_prefix="adapter-reread")
+        fetcher = Fetcher(state.incoming, max_bytes=max_fetch_bytes, timeout_s=fetch_timeout_s)
+        self._loads = AdapterLoads(self._core, reader, self._sources, fetcher, on_failed=lambda: self.on_ready())
+        self._administration = AdapterAdministration(self._core, self._loads)
         self._loader = DeviceLoader(
             self._changed,
             self._registry,
             self.store,
-            read_again=lambda version: self._reread_pool.submit(self._read_again, version),
+            read_again=self._loads.read_again,
             events=Events(
                 on_ready=lambda: self.on_ready(),
                 on_version_dropped=lambda version: self.on_version_dropped(version),
-                on_progress=self._report_evictions,
+                on_progress=self._core.report_evictions,
                 on_dead=lambda error: self.on_dead(error),
             ),
         )
+        restore_names(self._core)
+
+    @property
+    def prover(self) -> Prover | None:
+        """What replays golden files; None: they are not replayed. Set by the server before anything is loaded."""
+        return self._core.prover
+
+    @prover.setter
+    def prover(self, prover: Prover) -> None:
+        self._core.prover = prover
 
     def start(self) -> None:
         """Start bringing adapters to the device."""
         self._loader.start()
 
+    def restore(self) -> None:
+        """Load what calls had loaded before the restart, and wait for it. Before the folders are loaded."""
+        restore_called(self._core, self._loads, self._sources)
+
+    def finish_restore(self) -> None:
+        """Bring back what aliases lead to, once the folders have been loaded."""
+        restore_targets(self._core, self._loads, self._roots)
+
     def close(self) -> None:
-        """End all threads; loads that have not begun fail."""
+        """End all threads; loads that have not begun, and calls that wait for a tier, fail."""
+        self._administration.close()
         self._loader.close()
-        self._reread_pool.shutdown(wait=True, cancel_futures=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._loads.close()
 
     # For clients and the folder watcher; any thread.
 
-    def load(self, adapter_id: str, path: Path | None = None, *, allow_zero: bool = False) -> AdapterInfo:
+    def load(
+        self, adapter_id: str, source: str | Path | None = None, options: LoadOptions = DEFAULT_OPTIONS
+    ) -> AdapterInfo:
         """Read an adapter and make it the current version of its id; blocks until it is usable.
 
         The same content again changes nothing. Other content becomes a new version: later requests get it, earlier ones
@@ -141,34 +184,36 @@ class AdapterManager:
 
         Args:
             adapter_id: what users name.
-            path: directory inside a root, absolute or relative to a root; None means `<root>/<adapter_id>`.
-            allow_zero: accept an adapter whose delta is zero everywhere.
+            source: directory inside a root, absolute or relative to a root, or a URI; None means `<root>/<adapter_id>`.
+            options: what to accept, and what to insist on.
 
         Raises:
-            ServingError: AdapterIdError, AdapterNotFoundError (no such folder), AdapterInvalidError,
-                AdapterIncompatibleError, AdapterMemoryError, AdapterUnloadedError (unloaded meanwhile, or shut down).
+            ServingError: AdapterIdError, AdapterSourceError, AdapterNotFoundError (no such folder),
+                AdapterInvalidError, AdapterIncompatibleError, AdapterMismatchError, AdapterProofError,
+                AdapterMemoryError, AdapterExistsError (an alias), AdapterUnreadableError, AdapterUnloadedError
+                (unloaded meanwhile, or shut down), AdapterStateError.
         """
-        try:
-            return self.load_in_background(adapter_id, path, allow_zero=allow_zero).result()
-        except CancelledError:
-            raise _shutting_down() from None
+        return _result(self._loads.start(adapter_id, source, self._with_defaults(options), by_call=True))
 
-    def load_in_background(
-        self, adapter_id: str, path: Path | None = None, *, allow_zero: bool = False
-    ) -> Future[AdapterInfo]:
-        """Like `load`, without waiting. The id and the path are checked at once."""
-        directory = adapter_directory(self._roots, adapter_id, path)
-        with self._changed:
-            ticket = self._registry.begin_load(adapter_id)
-        try:
-            return self._pool.submit(self._load, adapter_id, directory, ticket, allow_zero or self._allow_zero)
-        except RuntimeError:  # the pool was shut down
-            raise _shutting_down() from None
+    def load_folder(self, adapter_id: str, directory: Path) -> Future[AdapterInfo]:
+        """Load the watched folder of an id, without waiting. The id and the path are checked at once."""
+        return self._loads.start(adapter_id, directory, self._options, by_call=False)
+
+    def plan_load(
+        self, adapter_id: str, source: str | Path | None = None, options: LoadOptions = DEFAULT_OPTIONS
+    ) -> LoadPlan:
+        """Read and check an adapter as `load` would, and say what loading it would do; changes nothing.
+
+        Raises:
+            ServingError: as `load`.
+        """
+        return self._loads.plan(adapter_id, source, self._with_defaults(options))
 
     def note_failure(self, adapter_id: str, error: ServingError) -> None:
         """Show an id as failed although no load was tried, because its folder is not acceptable."""
         with self._changed:
-            self._registry.fail_load(adapter_id, self._registry.begin_load(adapter_id), error)
+            ticket = self._registry.begin_load(adapter_id)
+        self._core.fail_load(adapter_id, ticket, error)
 
     def unload(self, adapter_id: str) -> None:
         """Forget an id, and return at once. Requests that hold its version may finish until the drain deadline.
@@ -176,71 +221,166 @@ class AdapterManager:
         Raises:
             AdapterIdError: malformed id.
             AdapterNotFoundError: nothing of that id is known.
+            AdapterInUseError: it is pinned, or an alias leads to it.
         """
-        check_adapter_id(adapter_id)
-        with self._changed:
-            self._registry.unload(adapter_id, time.monotonic() + self._drain_deadline_s)
-            self._changed.notify_all()
-        _log.info("adapter_unloaded", adapter=adapter_id)
+        self._administration.unload(adapter_id)
 
-    def unload_from(self, adapter_id: str, directory: Path) -> None:
-        """Unload an id whose folder is gone, unless its current version was loaded from elsewhere since.
+    def folder_gone(self, adapter_id: str, directory: Path) -> None:
+        """Unload an id whose watched folder is gone, unless its current version came from elsewhere.
+
+        A pinned or aliased adapter stays, from its kept files.
 
         Args:
             adapter_id: what users name; nothing happens if nothing of that id is known.
             directory: real path that it was loaded from.
         """
-        with self._changed:
-            record = self._registry.current.get(adapter_id)
-            known = record is not None or adapter_id in self._registry.loading or adapter_id in self._registry.failed
-            if not known or (record is not None and record.origin.directory != directory):
-                return
-            self._registry.unload(adapter_id, time.monotonic() + self._drain_deadline_s)
-            self._changed.notify_all()
-        _log.info("adapter_unloaded", adapter=adapter_id, why="its folder is gone")
+        self._administration.folder_gone(adapter_id, directory)
 
-    def get(self, adapter_id: str) -> AdapterInfo:
-        """The current version of an id, or its load under way, or its failure.
+    def rollback(self, adapter_id: str, digest_prefix: str = "") -> AdapterInfo:
+        """Make an earlier version current again; blocks until it is usable.
+
+        Args:
+            adapter_id: what users name.
+            digest_prefix: of the version; empty: the one that was current before.
 
         Raises:
-            AdapterIdError: malformed id.
+            AdapterNoVersionError: there is none, or its files are not kept any more.
+            ServingError: as `load`.
+        """
+        try:
+            return self._administration.rollback(adapter_id, digest_prefix)
+        except CancelledError:
+            raise shutting_down() from None
+
+    def pin(self, adapter_id: str, tier: Tier, timeout_s: float | None = None) -> AdapterInfo:
+        """Keep an id's current version, whichever it is, in a tier; blocks until it is there.
+
+        Args:
+            adapter_id: what users name.
+            tier: HOST or DEVICE.
+            timeout_s: seconds to wait; the pin stays when they are over.
+
+        Raises:
+            AdapterNotFoundError, AdapterIdError.
+            AdapterMemoryError: the pins would leave no room for the largest other adapter.
+            AdapterNotReadyError: it did not come in time.
+        """
+        return self._administration.pin(adapter_id, tier, timeout_s)
+
+    def unpin(self, adapter_id: str) -> AdapterInfo:
+        """Let a pinned adapter be evicted again; nothing happens if it was not pinned.
+
+        Raises:
+            AdapterNotFoundError, AdapterIdError.
+        """
+        return self._administration.unpin(adapter_id)
+
+    def prefetch(self, reference: str, tier: Tier, timeout_s: float | None = None) -> AdapterInfo:
+        """Bring a version into a tier (HOST or DEVICE), from where it may be evicted again; blocks until it is there.
+
+        Raises:
+            AdapterNotFoundError, AdapterIdError, AdapterDigestError.
+            AdapterNotReadyError: it did not come in time.
+        """
+        return self._administration.prefetch(reference, tier, timeout_s)
+
+    def set_alias(self, name: str, targets: Sequence[tuple[str, float]]) -> AliasInfo:
+        """Create an alias or move it, at once: later requests get the new targets, earlier ones keep their versions.
+
+        Args:
+            name: matches the pattern of adapter ids.
+            targets: (reference, weight), 1 to 8; `id` means its current version, and stays with that version.
+
+        Raises:
+            AdapterExistsError: the name is an adapter's.
+            AdapterNotFoundError, AdapterIdError, AdapterDigestError, AdapterNoVersionError: of a target.
+        """
+        return self._administration.set_alias(name, targets)
+
+    def delete_alias(self, name: str) -> None:
+        """Make an alias unknown to later requests.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+        """
+        self._administration.delete_alias(name)
+
+    def list_aliases(self) -> list[AliasInfo]:
+        """Every alias, by name."""
+        with self._changed:
+            return self._registry.aliases.all()
+
+    def get(self, reference: str) -> AdapterInfo:
+        """The version that a reference means, or the load under way, or the failure, of an id.
+
+        Raises:
+            AdapterIdError, AdapterDigestError: malformed.
             AdapterNotFoundError: nothing of that id is known.
         """
-        check_adapter_id(adapter_id)
+        return self.describe(reference).adapter
+
+    def describe(self, reference: str) -> AdapterDetails:
+        """Like `get`, with all versions of the id."""
+        name, digest_prefix = parse_reference(reference)
         with self._changed:
-            return get_info(self._registry, adapter_id)
+            alias = self._registry.aliases.get(name)
+            if alias is not None and len(alias.targets) > 1:
+                raise AdapterIdError(f"Alias {name!r} leads to several versions; see ListAliases.", {"alias": name})
+            if alias is None and not digest_prefix:
+                adapter = find_info(self._registry, name)
+            else:
+                adapter = record_info(find_version(self._registry, name, digest_prefix, ""))
+            records = list(self._registry.by_id.get(adapter.adapter_id, {}).values())
+        saved = self._core.state.database.get(adapter.adapter_id)
+        previous = saved.previous if saved is not None else ""
+        is_kept = bool(previous) and self._core.state.store.get(previous) is not None
+        return describe(adapter, records, previous if is_kept else "")
 
     def list(self) -> list[AdapterInfo]:
         """All versions, draining ones included, and ids that are loading or failed; sorted by id."""
         with self._changed:
-            return list_infos(self._registry)
+            found = find_all(self._registry)
+        return list_infos(found)
 
     def snapshot(self) -> AdapterStats:
-        """A consistent picture for metrics."""
+        """A picture for metrics."""
         with self._changed:
+            found = find_all(self._registry)
             memory = self._registry.memory
-            return AdapterStats(
-                adapters=tuple(list_infos(self._registry)),
-                bytes_used={Tier.HOST: memory.host_used, Tier.DEVICE: memory.device_used},
-                bytes_budget={Tier.HOST: memory.host_budget, Tier.DEVICE: memory.device_budget},
-                wanted=len(self._registry.wanted),
-            )
+            used = {Tier.HOST: memory.host_used, Tier.DEVICE: memory.device_used}
+            wanted, num_aliases = len(self._registry.wanted), len(self._registry.aliases.all())
+        return AdapterStats(
+            adapters=tuple(list_infos(found)),
+            bytes_used=used,
+            bytes_budget={Tier.HOST: memory.host_budget, Tier.DEVICE: memory.device_budget},
+            wanted=wanted,
+            num_aliases=num_aliases,
+        )
 
     # For requests.
 
-    def resolve(self, adapter_id: str) -> AdapterVersion:
-        """Pin the current version for one request; never blocks on disk. Every resolve needs one release.
+    def resolve(self, reference: str, routing_key: str = "") -> AdapterVersion:
+        """Hold a version for one request; never blocks on disk. Every resolve needs one release.
+
+        Args:
+            reference: id, alias or `id@digest-prefix`.
+            routing_key: the same key gets the same target of an alias; empty: one is drawn.
 
         Raises:
-            AdapterIdError: malformed id.
+            AdapterIdError, AdapterDigestError: malformed or ambiguous.
             AdapterNotFoundError: unknown, still loading for the first time, or failed.
         """
-        check_adapter_id(adapter_id)
+        name, digest_prefix = parse_reference(reference)
         with self._changed:
-            return self._registry.resolve(adapter_id)
+            return self._registry.resolve(name, digest_prefix, routing_key)
+
+    def hold(self, version: AdapterVersion) -> None:
+        """One more request for a version that the caller holds already; needs one release."""
+        with self._changed:
+            self._registry.hold(version)
 
     def release(self, version: AdapterVersion) -> None:
-        """The request that pinned the version ended."""
+        """A request that held the version ended."""
         with self._changed:
             self._registry.release(version)
             self._notify_if_wanted()
@@ -282,105 +422,21 @@ class AdapterManager:
             loader.compacted()
         _log.info("adapter_memory_compacted", moves=len(moves), seconds=time.monotonic() - started)
 
-    # On the disk threads.
-
-    def _load(self, adapter_id: str, directory: Path, ticket: int, allow_zero: bool) -> AdapterInfo:
-        started = time.monotonic()
-        outcome = "ok"
-        try:
-            try:
-                loaded = self._read(adapter_id, directory, allow_zero)
-            except ServingError as error:
-                with self._changed:
-                    self._registry.fail_load(adapter_id, ticket, error)
-                raise
-            return self._publish(AdapterVersion(adapter_id, loaded.digest), ticket, loaded)
-        except ServingError as error:
-            outcome = error.reason
-            _log.warning("adapter_load_failed", adapter=adapter_id, reason=error.reason, message=error.message)
-            raise
-        finally:
-            self._observer.on_load(adapter_id, outcome, time.monotonic() - started)
-            self._report_evictions()
-
-    def _publish(self, version: AdapterVersion, ticket: int, loaded: LoadedAdapter) -> AdapterInfo:
-        """Make a loaded version current, and keep its host copy if the budget has room."""
-        with self._changed:
-            record = self._registry.finish_load(
-                version,
-                ticket,
-                loaded.origin,
-                host_bytes=loaded.packed.nbytes,
-                device_bytes=self.store.extent_bytes(loaded.packed),
-                drain_until=time.monotonic() + self._drain_deadline_s,
-            )
-            if record is None:
-                if version.adapter_id in self._registry.current:
-                    return get_info(self._registry, version.adapter_id)  # a later load was faster
-                raise AdapterUnloadedError(f"Adapter {version.adapter_id!r} was unloaded while it was being loaded.")
-            if self._registry.claim_host(version, urgent=False):
-                self._registry.fill_host(version, loaded.packed)
-            self._changed.notify_all()
-            info = record_info(record)
-        _log.info("adapter_loaded", adapter=version.adapter_id, digest=version.digest, bytes=info.bytes)
-        if info.warning:
-            _log.warning("adapter_base_name", adapter=version.adapter_id, warning=info.warning)
-        return info
-
-    def _read_again(self, version: AdapterVersion) -> None:
-        """Bring back the host copy of a version that was evicted; its memory is already claimed."""
-        started = time.monotonic()
-        with self._changed:
-            directory = self._registry.records[version].origin.directory
-        outcome = "ok"
-        try:
-            loaded = self._read(version.adapter_id, directory, allow_zero=True)
-            if loaded.digest != version.digest:
-                raise AdapterUnloadedError("Its folder holds other content now.")
-        except ServingError as cause:
-            outcome = cause.reason
-            error = AdapterUnloadedError(
-                f"Adapter {version} had left memory and could not be read again. {cause.message}"
-            )
-            _log.warning(
-                "adapter_reread_failed", adapter=version.adapter_id, digest=version.digest, message=cause.message
-            )
-            with self._changed:
-                self._registry.abandon_host(version)
-                self._registry.fail_version(version, error)
-        else:
-            with self._changed:
-                self._registry.fill_host(version, loaded.packed)
-                self._changed.notify_all()
-        self._observer.on_load(version.adapter_id, outcome, time.monotonic() - started)
-        self._report_evictions()
-        if outcome != "ok":
-            self.on_ready()
-
-    def _read(self, adapter_id: str, directory: Path, allow_zero: bool) -> LoadedAdapter:
-        """Read an adapter; whatever goes wrong becomes a ServingError."""
-        try:
-            return self._reader.read(directory, allow_zero=allow_zero)
-        except ServingError:
-            raise
-        except MemoryError:
-            raise AdapterMemoryError(f"The host has no memory left to read adapter {adapter_id!r}.") from None
-        except Exception:
-            _log.exception("adapter_read_failed", adapter=adapter_id)
-            raise ServingError(f"Adapter {adapter_id!r} could not be read; the server's log has the details.") from None
-
-    def _report_evictions(self) -> None:
-        with self._changed:
-            evictions = self._evictions.copy()
-            self._evictions.clear()
-        for tier in evictions:
-            self._observer.on_evict(tier)
+    def _with_defaults(self, options: LoadOptions) -> LoadOptions:
+        return LoadOptions(
+            options.allow_zero or self._options.allow_zero,
+            options.allow_other_base or self._options.allow_other_base,
+            options.expected_digest,
+        )
 
     def _notify_if_wanted(self) -> None:
         """Memory may have become free for a waiting version; called with the lock held."""
-        if self._registry.wanted:
+        if self._registry.wanted or self._registry.host_wanted:
             self._changed.notify_all()
 
 
-def _shutting_down() -> AdapterUnloadedError:
-    return AdapterUnloadedError("The server is shutting down and loads no more adapters.")
+def _result(future: Future[AdapterInfo]) -> AdapterInfo:
+    try:
+        return future.result()
+    except CancelledError:
+        raise shutting_down() from None

@@ -1,25 +1,43 @@
 """Disk -> host: everything between an adapter directory and a packed adapter. Runs on the manager's disk threads."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
 import torch
 
+from .card import CARD_FILE, MAX_FRONT_MATTER_BYTES, read_card
 from .checkpoint import load_checkpoint
+from .errors import AdapterMemoryError, AdapterMismatchError, ServingError
 from .fingerprint import BaseFingerprint
+from .golden import GOLDEN_FILE, MAX_GOLDEN_BYTES, Golden, read_golden
+from .info import LoadOptions
+from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
-from .report import Origin
+from .paths import open_contained
 from .sites import SiteTable
+
+_log = structlog.get_logger(__name__)
 
 
 class LoadedAdapter(NamedTuple):
-    """One load's result."""
+    """One load's result.
+
+    Attributes:
+        digest: of config and weights.
+        packed: as it goes to the device.
+        origin: where it came from.
+        files: name -> content in pieces: what was hashed, and what proves it.
+        golden: the prompts and logits that it carries, or None.
+    """
 
     digest: str
     packed: PackedAdapter
     origin: Origin
+    files: Mapping[str, tuple[bytes | bytearray, ...]]
+    golden: Golden | None
 
 
 class AdapterReader:
@@ -27,10 +45,9 @@ class AdapterReader:
 
     Args:
         site_table: the base's sites.
-        base: its name.
+        base: what adapters may say of the base that they were trained for.
         dtype: the arena's.
         pin_memory: whether copies go to a CUDA device.
-        roots: where files must lie.
         max_bytes: refuse larger adapters.
     """
 
@@ -41,34 +58,69 @@ class AdapterReader:
         *,
         dtype: torch.dtype,
         pin_memory: bool,
-        roots: Sequence[Path],
         max_bytes: int,
     ) -> None:
         self._sites = site_table
         self._base = base
         self._dtype = dtype
         self._pin_memory = pin_memory
-        self._roots = tuple(roots)
         self._max_elements = max_bytes // dtype.itemsize
 
-    def read(self, directory: Path, *, allow_zero: bool) -> LoadedAdapter:
-        """Read one adapter.
+    def read(
+        self, adapter_id: str, directory: Path, *, roots: Sequence[Path], options: LoadOptions, name: str = ""
+    ) -> LoadedAdapter:
+        """Read one adapter. Whatever goes wrong becomes a ServingError.
 
         Args:
-            directory: real path inside a root.
-            allow_zero: accept a delta that is zero everywhere.
+            adapter_id: for messages.
+            directory: real path.
+            roots: its files must really lie in one of these.
+            options: what may be accepted.
+            name: where it came from, as clients may see it.
 
         Raises:
-            ServingError: see load_checkpoint and pack_adapter.
+            AdapterMemoryError, AdapterInvalidError, AdapterIncompatibleError: see load_checkpoint and pack_adapter.
+            AdapterMismatchError: not the expected content.
+            AdapterUnreadableError: the disk failed.
         """
-        checkpoint = load_checkpoint(
-            directory, self._sites, self._base, roots=self._roots, max_elements=self._max_elements
-        )
+        try:
+            return self._read(directory, roots, options, name or directory.name)
+        except ServingError:
+            raise
+        except MemoryError:
+            raise AdapterMemoryError(f"The host has no memory left to read adapter {adapter_id!r}.") from None
+        except Exception:
+            _log.exception("adapter_read_failed", adapter=adapter_id)
+            raise ServingError(f"Adapter {adapter_id!r} could not be read; the server's log has the details.") from None
+
+    def _read(self, directory: Path, roots: Sequence[Path], options: LoadOptions, name: str) -> LoadedAdapter:
+        checkpoint = load_checkpoint(directory, self._sites, self._base, roots=roots, max_elements=self._max_elements)
+        if options.expected_digest and checkpoint.digest != options.expected_digest:
+            raise AdapterMismatchError(
+                f"The content has version {checkpoint.digest}; {options.expected_digest} was expected.",
+                {"version": checkpoint.digest},
+            )
         packed = pack_adapter(
-            checkpoint, self._sites, dtype=self._dtype, pin_memory=self._pin_memory, allow_zero=allow_zero
+            checkpoint, self._sites, dtype=self._dtype, pin_memory=self._pin_memory, allow_zero=options.allow_zero
         )
-        trained_for = checkpoint.config.trained_for
-        warning = None
-        if not self._base.matches(trained_for):
-            warning = "Shapes fit, but the names of the bases differ." + self._base.explain(trained_for)
-        return LoadedAdapter(checkpoint.digest, packed, Origin(directory, packed.report, warning, time.time()))
+        card = read_card(directory, roots)
+        warning = self._base.check(
+            checkpoint.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
+        )
+        golden = read_golden(directory, roots, digest=checkpoint.digest)
+        origin = Origin(directory, packed.report, warning or card.warning, time.time(), name)
+        files = checkpoint.files
+        if golden is not None:
+            files[GOLDEN_FILE] = (_read_file(directory, GOLDEN_FILE, roots, MAX_GOLDEN_BYTES),)
+        if card.base_model_sha256 is not None:
+            files[CARD_FILE] = (_read_file(directory, CARD_FILE, roots, MAX_FRONT_MATTER_BYTES),)
+        return LoadedAdapter(checkpoint.digest, packed, origin, files, golden)
+
+
+def _read_file(directory: Path, name: str, roots: Sequence[Path], max_bytes: int) -> bytes:
+    """The first bytes of a file that was read and checked before, to be kept beside the weights."""
+    with open_contained(directory, name, roots) as file:
+        data = b""
+        while len(data) < max_bytes and (chunk := file.read(max_bytes - len(data))):
+            data += chunk
+    return data

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from .config import AdapterConfig, Method
 from .scaling import Scaling
@@ -26,23 +25,6 @@ class AdapterReport:
     max_rank: int
     num_modules: int
     slices: Mapping[str, Scaling]
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a version was loaded from, and what was found there.
-
-    Attributes:
-        directory: real path; the version can be read from there again as long as its content has the same digest.
-        report: what was applied.
-        warning: something an operator should know, or None.
-        loaded_at: Unix seconds.
-    """
-
-    directory: Path
-    report: AdapterReport
-    warning: str | None
-    loaded_at: float
 
 
 def make_report(config: AdapterConfig, scalings: Mapping[str, Scaling]) -> AdapterReport:

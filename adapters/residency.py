@@ -4,91 +4,36 @@ A version's copies come and go like this:
 
     disk ──claim_host──▶ (reading) ──fill_host──▶ host ──claim_device──▶ (copying) ──fill_device──▶ device
 
-A claim reserves the budget before the work starts, evicting copies that are idle. What is never evicted: a device copy
-that running requests use (`active`) or that has just been brought in for a waiting one (`leased_until`), a host copy
-that is being copied from, and the last copy of a draining version that a request holds, because its folder no longer
-has it. The rest goes in this order: versions that no request holds; versions that have another copy; then, only for a
-waiting request, last copies of current versions, which can be read from disk again. Least recently used first.
+A claim reserves the budget before the work starts, evicting copies that are idle. What is never evicted: a copy in the
+tier that its adapter is pinned to, a device copy that running requests use (`active`) or that has just been brought in
+for a waiting one (`leased_until`), a host copy that is being copied from, and the last copy of a version that is needed
+and cannot be read from disk again. The rest goes in this order: versions that no request holds; versions that have
+another copy; then, only for a waiting request, last copies that can be read again. Least recently used first.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
-from .errors import ServingError
 from .info import Tier
-from .report import Origin
-from .version import AdapterVersion
-
-# How long a device copy brought in for a waiting request is kept for it. A step must end before the request can run, so
-# this is longer than a step; and it ends, so that a request that is not scheduled cannot keep others out for ever.
-LEASE_S: Final = 5.0
+from .record import LEASE_S, HostCopy, Record
 
 
-class HostCopy(Protocol):
-    """An adapter in host memory (a PackedAdapter)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """One version.
+class Room(NamedTuple):
+    """What bringing in a copy would take.
 
     Attributes:
-        version: its identity.
-        origin: where it was loaded from, and what was found.
-        host_bytes, device_bytes: what a copy takes in each tier.
-        in_flight: requests that hold it.
-        active: running requests that use its slot.
-        wanted: whether a request waits for it to come to the device.
-        host: the host copy, or None.
-        slot: the device slot, or None.
-        host_claimed, device_claimed: a copy into that tier is under way; its bytes are already accounted.
-        leased_until: a device copy is kept for a waiting request until then (`time.monotonic()`).
-        deadline: when requests that still hold it are failed, for a draining version; None while it is current.
-        error: why requests that hold it must fail, or None.
-        replace_error: why the last load of its id failed, for the current version.
-        last_used: for LRU.
+        fits: whether it would fit after the evictions.
+        victims: whose copies would go, in this order.
     """
 
-    version: AdapterVersion
-    origin: Origin
-    host_bytes: int
-    device_bytes: int
-    in_flight: int = 0
-    active: int = 0
-    wanted: bool = False
-    host: HostCopy | None = None
-    slot: int | None = None
-    host_claimed: bool = False
-    device_claimed: bool = False
-    leased_until: float = 0.0
-    deadline: float | None = None
-    error: ServingError | None = None
-    replace_error: ServingError | None = None
-    last_used: int = 0
-
-    @property
-    def current(self) -> bool:
-        """Whether new requests for its id get it."""
-        return self.deadline is None and self.error is None
-
-    @property
-    def tier(self) -> Tier:
-        """The fastest tier that holds it."""
-        if self.slot is not None:
-            return Tier.DEVICE
-        return Tier.DISK if self.host is None else Tier.HOST
+    fits: bool
+    victims: tuple[Record, ...]
 
 
 class Residency:
-    """Budgets and evictions over the records of a registry.
+    """Budgets and evictions. Looks at resident versions only: its cost does not grow with those on disk.
 
     Args:
-        records: all versions; read again at every call.
         host_budget: bytes of host copies.
         device_budget: bytes of device copies.
         max_slots: device copies at most.
@@ -98,7 +43,6 @@ class Residency:
 
     def __init__(
         self,
-        records: Callable[[], Iterable[Record]],
         *,
         host_budget: int,
         device_budget: int,
@@ -108,11 +52,12 @@ class Residency:
     ) -> None:
         self.host_budget = host_budget
         self.device_budget = device_budget
+        self.max_slots = max_slots
         self.host_used = 0
         self.device_used = 0
-        self._records = records
-        self._max_slots = max_slots
-        self._num_slots = 0  # taken or claimed
+        # With a copy in the tier, or a claim to one.
+        self._in_host: dict[Record, None] = {}
+        self._on_device: dict[Record, None] = {}
         self._free_slot = free_slot
         self._on_evict = on_evict
 
@@ -123,24 +68,19 @@ class Residency:
 
         Args:
             record: the version's.
-            urgent: a request waits for it: last copies of current versions may be evicted, too.
+            urgent: a request waits for it: last copies that can be read again may be evicted, too.
         """
         if record.host is not None or record.host_claimed:
             return False
-
-        def evictable(r: Record) -> bool:
-            last = bool(r.in_flight) and r.slot is None
-            spare = not last or (urgent and r.current and not r.wanted)
-            return r.host is not None and not r.device_claimed and spare
-
-        victims = self._victims(evictable, record.host_bytes - (self.host_budget - self.host_used), Tier.HOST)
-        if victims is None:
+        room = self.room_in_host(record.host_bytes, urgent=urgent)
+        if not room.fits:
             return False
-        for victim in victims:
+        for victim in room.victims:
             self.drop_host(victim)
             self._on_evict(Tier.HOST)
         self.host_used += record.host_bytes
         record.host_claimed = True
+        self._in_host[record] = None
         return True
 
     def fill_host(self, record: Record, copy: HostCopy) -> None:
@@ -154,6 +94,7 @@ class Residency:
         assert record.host_claimed
         record.host_claimed = False
         self.host_used -= record.host_bytes
+        del self._in_host[record]
 
     def claim_device(self, record: Record, now: float) -> bool:
         """Reserve device bytes and a slot for a version with a host copy; whether that was possible.
@@ -161,23 +102,15 @@ class Residency:
         After True the caller must call fill_device or abandon_device.
         """
         assert record.host is not None and record.slot is None and not record.device_claimed
-
-        def evictable(r: Record) -> bool:
-            last = bool(r.in_flight) and r.host is None
-            return r.slot is not None and not r.active and r.leased_until <= now and (not last or r.current)
-
-        missing = record.device_bytes - (self.device_budget - self.device_used)
-        victims = self._victims(evictable, missing, Tier.DEVICE)
-        if victims == [] and self._num_slots >= self._max_slots:
-            victims = self._victims(evictable, 1, Tier.DEVICE)
-        if victims is None:
+        room = self.room_on_device(record.device_bytes, now)
+        if not room.fits:
             return False
-        for victim in victims:
+        for victim in room.victims:
             self.drop_device(victim)
             self._on_evict(Tier.DEVICE)
         self.device_used += record.device_bytes
-        self._num_slots += 1
         record.device_claimed = True
+        self._on_device[record] = None
         return True
 
     def fill_device(self, record: Record, slot: int, now: float) -> None:
@@ -192,13 +125,14 @@ class Residency:
         assert record.device_claimed
         record.device_claimed = False
         self.device_used -= record.device_bytes
-        self._num_slots -= 1
+        del self._on_device[record]
 
     def drop_host(self, record: Record) -> None:
         """Free the host copy, if there is one."""
         if record.host is not None:
             record.host = None
             self.host_used -= record.host_bytes
+            del self._in_host[record]
 
     def drop_device(self, record: Record) -> None:
         """Free the device copy, if there is one."""
@@ -206,31 +140,65 @@ class Residency:
             self._free_slot(record.slot)
             record.slot = None
             self.device_used -= record.device_bytes
-            self._num_slots -= 1
+            del self._on_device[record]
+
+    def hand_over(self, record: Record, heir: Record) -> None:
+        """Give the host copy of a version to a new incarnation of the same content."""
+        assert heir.host_bytes == record.host_bytes and heir.host is None and not heir.host_claimed
+        if record.host is not None:
+            heir.host, record.host = record.host, None
+            del self._in_host[record]
+            self._in_host[heir] = None
+
+    def room_in_host(self, size: int, *, urgent: bool = False) -> Room:
+        """Whether a host copy of `size` bytes would fit, and what would go for it."""
+
+        def evictable(r: Record) -> bool:
+            if r.host is None or r.device_claimed or r.pinned is Tier.HOST:
+                return False
+            last = r.is_needed and r.slot is None
+            return not last or (urgent and r.is_readable and not r.wanted)
+
+        candidates = sorted(filter(evictable, self._in_host), key=lambda r: _order(r, r.slot is None))
+        missing = size - (self.host_budget - self.host_used)
+        return _enough(candidates, missing, lambda r: r.host_bytes)
+
+    def room_on_device(self, size: int, now: float) -> Room:
+        """Whether a device copy of `size` bytes would fit at `time.monotonic()` second `now`, and what would go."""
+
+        def evictable(r: Record) -> bool:
+            if r.slot is None or r.active or r.leased_until > now or r.pinned is Tier.DEVICE:
+                return False
+            return r.host is not None or not r.is_needed or r.is_readable
+
+        candidates = sorted(filter(evictable, self._on_device), key=lambda r: _order(r, r.host is None))
+        missing = size - (self.device_budget - self.device_used)
+        if len(self._on_device) >= self.max_slots:
+            missing = max(missing, 1)
+        return _enough(candidates, missing, lambda r: r.device_bytes)
 
     def check_integrity(self) -> None:
         """Assert that what is accounted is what is there, and within the budgets."""
-        in_host = [r for r in self._records() if r.host is not None or r.host_claimed]
-        on_device = [r for r in self._records() if r.slot is not None or r.device_claimed]
-        assert self.host_used == sum(r.host_bytes for r in in_host) <= self.host_budget
-        assert self.device_used == sum(r.device_bytes for r in on_device) <= self.device_budget
-        assert self._num_slots == len(on_device) <= self._max_slots
-        slots = [r.slot for r in on_device if r.slot is not None]
+        assert all(r.host is not None or r.host_claimed for r in self._in_host)
+        assert all(r.slot is not None or r.device_claimed for r in self._on_device)
+        assert self.host_used == sum(r.host_bytes for r in self._in_host) <= self.host_budget
+        assert self.device_used == sum(r.device_bytes for r in self._on_device) <= self.device_budget
+        assert len(self._on_device) <= self.max_slots
+        slots = [r.slot for r in self._on_device if r.slot is not None]
         assert len(slots) == len(set(slots))
 
-    def _victims(self, evictable: Callable[[Record], bool], missing: int, tier: Tier) -> list[Record] | None:
-        """Copies to evict until `missing` bytes are free, or None when even all idle ones would not do."""
-        victims: list[Record] = []
+
+def _order(record: Record, is_last: bool) -> tuple[bool, bool, int]:
+    """Which goes first."""
+    return record.is_needed and is_last, record.in_flight > 0, record.last_used
+
+
+def _enough(candidates: list[Record], missing: int, size: Callable[[Record], int]) -> Room:
+    """The first candidates that free `missing` bytes together."""
+    victims: list[Record] = []
+    for record in candidates:
         if missing <= 0:
-            return victims
-
-        def order(r: Record) -> tuple[bool, bool, int]:
-            other_copy = r.slot if tier is Tier.HOST else r.host
-            return (bool(r.in_flight) and other_copy is None, r.in_flight > 0, r.last_used)
-
-        for record in sorted(filter(evictable, self._records()), key=order):
-            victims.append(record)
-            missing -= record.host_bytes if tier is Tier.HOST else record.device_bytes
-            if missing <= 0:
-                return victims
-        return None
+            break
+        victims.append(record)
+        missing -= size(record)
+    return Room(missing <= 0, tuple(victims))

@@ -4,7 +4,7 @@ A subfolder that appears or changes is loaded under its name, one that goes is u
 *when* to look: what to do is decided by comparing each folder's files with what they were, so that a lost notification
 (or a network file system without any) delays a change and never hides it.
 
-A folder counts once its two files have been left alone for a while and the weights file is as long as its header
+A folder counts once its files have been left alone for a while and the weights file is as long as its header
 announces; until then a half-copied folder is neither served nor failed. One that stays incomplete, or is refused, is
 listed as failed with its reason and tried again when it changes.
 """
@@ -21,9 +21,11 @@ from typing import Final
 import structlog
 import watchfiles
 
+from .card import CARD_FILE
 from .checkpoint import check_complete
 from .config import CONFIG_FILE
 from .errors import AdapterIdError, ServingError
+from .golden import GOLDEN_FILE
 from .info import AdapterInfo
 from .manager import AdapterManager
 from .paths import check_adapter_id
@@ -37,7 +39,7 @@ RESCAN_S: Final = 10.0
 
 _TEMPORARY: Final = (".tmp", ".partial")
 
-# For each of the two files: modification and change time in ns, size, inode; None where it is missing.
+# For each of the files that a load reads: modification and change time in ns, size, inode; None where it is missing.
 _Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 _log = structlog.get_logger(__name__)
@@ -209,7 +211,7 @@ class AdapterWatcher:
         folder.handled = folder.signature
         folder.directory = folder.path.resolve()
         try:
-            folder.load = self._manager.load_in_background(name, folder.path)
+            folder.load = self._manager.load_folder(name, folder.path)
         except ServingError as error:  # a link that leads out of the roots
             _log.warning("adapter_folder_refused", adapter=name, reason=error.reason, message=error.message)
             self._manager.note_failure(name, error)
@@ -223,7 +225,7 @@ class AdapterWatcher:
             return True
         del self._folders[name]
         if folder.directory is not None:
-            self._manager.unload_from(name, folder.directory)
+            self._manager.folder_gone(name, folder.directory)
         return False
 
     def _is_complete(self, folder: _Folder) -> bool:
@@ -235,7 +237,7 @@ class AdapterWatcher:
 
 
 def _signature(path: Path) -> _Signature:
-    return tuple(_file_signature(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return tuple(_file_signature(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE, CARD_FILE))
 
 
 def _file_signature(path: Path) -> tuple[int, int, int, int] | None:

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO, Final, Protocol, TypeGuard
 
-from .errors import AdapterIncompatibleError, AdapterInvalidError
+from .errors import AdapterIncompatibleError, AdapterInvalidError, AdapterUnreadableError
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_HEADER_BYTES: Final = 32 * 2**20
@@ -139,7 +139,7 @@ def _read_into(file: BinaryIO, target: memoryview) -> int:
     try:
         return os.readv(file.fileno(), [target])
     except OSError:
-        raise _invalid("cannot be read") from None
+        raise unreadable(WEIGHTS_FILE) from None
 
 
 def _tensor_info(name: str, entry: object) -> TensorInfo:
@@ -172,6 +172,15 @@ def _check_offsets(tensors: dict[str, TensorInfo]) -> int:
             raise _invalid(f"has a hole or an overlap before tensor {info.name[:256]!r}")
         end = info.stop
     return end
+
+
+def unreadable(name: str) -> AdapterUnreadableError:
+    """The error of a file of the adapter that is there and that the disk does not give."""
+    return AdapterUnreadableError(
+        f"{name} could not be read: the disk reported an error. Try again; if that stays so, the server's disk is at "
+        "fault.",
+        {"file": name},
+    )
 
 
 def _about(name: str) -> dict[str, str]:

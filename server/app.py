@@ -1,6 +1,7 @@
 """Puts a server together: settings, base model, adapters, engine. What happens while it runs is in lifecycle.py."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from ..adapters.layers import LoraBatch, LoraLinear
 from ..adapters.manager import AdapterManager
+from ..adapters.state.state_dir import StateDir, open_state_dir
 from ..adapters.watcher import AdapterWatcher
 from .base.demo import BASE_NAME, prepare_demo_base
 from .base.loader import load_base
@@ -25,11 +27,14 @@ from .engine.scheduler import Scheduler
 from .lifecycle import Ready, serve_until_stopped
 from .metrics import ServerMetrics
 from .metrics_state import StateCollector
+from .proof import GoldenProver
 from .resolve import Compute, resolve_compute, resolve_context, resolve_kv_blocks
 
 log = structlog.stdlib.get_logger(__name__)
 
 DEMO = "demo"
+# A golden file's prompts run among everybody's requests, and its adapter may have to wait for device memory.
+PROOF_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class App:
     """The parts of one server.
 
     Attributes:
+        state: what survives a restart; closed last.
         watcher: of the adapter directories; None if there is none.
         max_context: most tokens of prompt plus output.
         registry: all metrics of this server.
@@ -45,6 +51,7 @@ class App:
     config: ServerConfig
     base: BaseModel
     manager: AdapterManager
+    state: StateDir
     watcher: AdapterWatcher | None
     engine: Engine
     max_context: int
@@ -86,17 +93,24 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
     metrics = ServerMetrics(registry, config.metrics_max_adapters)
     max_context = resolve_context(config, base.max_context)
 
+    state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
         base.site_table,
-        base.fingerprint,
+        dataclasses.replace(base.fingerprint, also=config.base_names),
         dtype=compute.dtype,
         device=compute.device,
         device_budget_bytes=config.adapter_device_bytes,
         host_budget_bytes=config.adapter_host_bytes,
         roots=config.adapters,
+        state=state,
         max_slots=config.adapter_slots,
         drain_deadline_s=config.adapter_drain_timeout_s,
         observer=metrics,
+        allowed_sources=config.adapter_sources,
+        max_fetch_bytes=config.adapter_fetch_bytes,
+        fetch_timeout_s=config.adapter_fetch_timeout_s,
+        allow_zero=config.adapter_allow_zero,
+        allow_other_base=config.adapter_allow_other_base,
     )
     lora = LoraBatch(manager.store, max_tokens=config.step_tokens, max_segments=config.max_running)
     base.wrap_sites(lambda linear, site: LoraLinear(linear, site, lora))
@@ -128,6 +142,14 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
         max_waiting=config.max_waiting,
     )
     manager.on_version_dropped = engine.on_version_dropped
+    manager.prover = GoldenProver(
+        engine,
+        manager.hold,
+        manager.release,
+        PROOF_TIMEOUT_S,
+        vocab_size=base.vocab_size,
+        exact=compute.dtype is torch.float32,
+    )
     registry.register(StateCollector(engine.stats, manager.snapshot, config.adapter_slots))
     log.info(
         "settings",
@@ -141,4 +163,4 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
         },
     )
     watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
-    return App(config, base, manager, watcher, engine, max_context, metrics, registry)
+    return App(config, base, manager, state, watcher, engine, max_context, metrics, registry)

@@ -16,7 +16,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..adapters.errors import ServingError
+from .access import CLIENT_ENV, CLIENT_KEY
 from .addresses import DEFAULT_ADDRESS
+from .cli_adapter_flags import add_adapters
 
 
 def main() -> NoReturn:
@@ -72,10 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     client = argparse.ArgumentParser(add_help=False)
     client.add_argument("--address", default=DEFAULT_ADDRESS, help="server, as host:port [%(default)s]")
-    client.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long [never]")
+    client.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up after this long, above 0 [never]")
+    client.add_argument(
+        "--client",
+        type=_client_name,
+        metavar="NAME",
+        default=os.environ.get(CLIENT_ENV, ""),
+        help=f"who calls, for the server's policy file; sent as {CLIENT_KEY} [${CLIENT_ENV}, else nobody]",
+    )
 
     _add_generate(commands.add_parser("generate", parents=[client], help="continue a prompt"))
-    _add_adapters(commands.add_parser("adapters", help="list, load, unload and look at adapters"), client)
+    add_adapters(commands.add_parser("adapters", help="load, replace, pin, alias and look at adapters"), client)
     health = commands.add_parser("health", parents=[client], help="say whether a server is serving (exit status 0)")
     health.add_argument("--service", default="", help="full name of one gRPC service [the server as a whole]")
     demo = commands.add_parser("prepare-demo", help="fetch and prepare the embedded demo base")
@@ -86,7 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", help="text to continue; `-` or nothing reads standard input")
-    add("--adapter", default="", metavar="ID", help="adapter that answers [the base]")
+    add("--adapter", default="", metavar="ID", help="what answers: an id, an alias or id@digest-prefix [the base]")
+    add(
+        "--routing-key",
+        metavar="KEY",
+        help="requests with the same key get the same target of an alias with several; up to 256 characters "
+        "[a target is drawn for each request]",
+    )
     add("--max-tokens", type=int, metavar="N", help="tokens to generate at most [as the context allows, up to 256]")
     add("--chat", action="store_true", help="the prompt is a user's message, answered through the chat template")
     add("--system", metavar="TEXT", help="system message before the user's; implies --chat")
@@ -111,22 +126,23 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--min-tokens", type=int, metavar="N", help="no end before this many tokens [0]")
 
 
-def _add_adapters(parser: argparse.ArgumentParser, client: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="adapters_command", metavar="COMMAND", required=True)
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_parser("list", parents=[client, as_json], help="list all adapters")
-    get = commands.add_parser("get", parents=[client, as_json], help="describe one adapter")
-    get.add_argument("adapter", metavar="ID")
-    load = commands.add_parser("load", parents=[client, as_json], help="load, or load again, from the server's disk")
-    load.add_argument("adapter", metavar="ID")
-    load.add_argument(
-        "--path", default="", help="folder inside one of the server's --adapters directories [the one named ID]"
-    )
-    unload = commands.add_parser("unload", parents=[client], help="make an adapter unknown to later requests")
-    unload.add_argument("adapter", metavar="ID")
-    inspect = commands.add_parser("inspect", help="check an adapter folder on this machine; needs no server")
-    inspect.add_argument("directory", type=Path, metavar="DIR")
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds above 0, or leave it out")
+    return seconds
+
+
+def _client_name(name: str) -> str:
+    """A name that metadata can carry; the empty one is nobody's."""
+    if not name:
+        return ""
+    from .client import check_client_name
+
+    try:
+        return check_client_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} (It may come from ${CLIENT_ENV}.)") from None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -137,7 +153,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "adapters" and options.adapters_command == "inspect":
         from .cli_inspect import inspect
 
-        return inspect(options.directory)
+        return inspect(options.directory, options.model, options.json)
+    if options.command == "adapters" and options.adapters_command == "golden":
+        from .cli_golden import golden
+
+        return golden(options.directory, options.model, options.prompt, options.prompts, options.tolerance)
     from . import cli_client
 
     return cli_client.run(options)

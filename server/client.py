@@ -3,21 +3,24 @@
     with LorikeetClient("127.0.0.1:50051") as client:
         for event in client.stream(prompt="In the beginning", adapter_id="kjv", max_tokens=64):
             print(event.delta.text, end="", flush=True)
+        client.set_alias("prod", {"kjv@3f9c": 9, "kjv@81d0": 1})
 
 Importing it costs no torch and no server code. One client serves any number of threads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..protos.v1 import adapters_pb2, generation_pb2
 from ..protos.v1.adapters_pb2_grpc import AdapterServiceStub
 from ..protos.v1.generation_pb2_grpc import GenerationServiceStub
+from .access import CLIENT_KEY
 from .addresses import DEFAULT_ADDRESS
 from .status import remote_error
 
@@ -30,6 +33,17 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+MAX_CLIENT_NAME = 128
+
+_TIERS = {"host": adapters_pb2.ADAPTER_TIER_HOST, "device": adapters_pb2.ADAPTER_TIER_DEVICE}
+
+# Where PrefetchAdapter and PinAdapter bring an adapter to.
+TierName = Literal["host", "device"]
+
+# Each an id or `id@digest-prefix`, with its share of the requests relative to the rest.
+AliasTargets = Mapping[str, float] | Sequence[tuple[str, float]]
+
+
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of a generation; each is the field of that name in generation.proto, which documents it.
 
@@ -40,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
     messages: Sequence[tuple[str, str]]
     token_ids: Sequence[int]
     adapter_id: str
+    routing_key: str
     request_id: str
     max_tokens: int
     logprobs: int
@@ -56,6 +71,15 @@ class GenerateOptions(TypedDict, total=False):
     include_stop: bool
     ignore_eos: bool
     min_tokens: int
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of a load; each is the field of that name in adapters.proto, which documents it."""
+
+    source: str
+    expected_version: str
+    allow_zero: bool
+    allow_other_base: bool
 
 
 def generate_request(**options: Unpack[GenerateOptions]) -> generation_pb2.GenerateRequest:
@@ -83,10 +107,17 @@ class LorikeetClient:
     Args:
         address: `host:port` of the server.
         timeout_s: deadline of each call in seconds; None waits for as long as it takes.
+        client_name: who calls, for the server's policy file; printable ASCII. Empty: nobody in particular.
+
+    Raises:
+        ValueError: client_name cannot be sent.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
-        self._timeout_s = timeout_s
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, client_name: str = ""
+    ) -> None:
+        metadata = ((CLIENT_KEY, check_client_name(client_name)),) if client_name else ()
+        self._options: dict[str, Any] = {"timeout": timeout_s, "metadata": metadata}
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         # The stubs' types know the async channel only.
         self._generation: Any = GenerationServiceStub(self._channel)
@@ -95,53 +126,127 @@ class LorikeetClient:
 
     def generate(self, **options: Unpack[GenerateOptions]) -> generation_pb2.GenerateResponse:
         """The whole output at once."""
-        with _errors():
-            response: generation_pb2.GenerateResponse = self._generation.Generate(
-                generate_request(**options), timeout=self._timeout_s
-            )
-            return response
+        response: generation_pb2.GenerateResponse = self._call(self._generation.Generate, generate_request(**options))
+        return response
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Iterator[generation_pb2.GenerateStreamResponse]:
         """`started`, `delta`s and `finished` as they come; closing the iterator cancels the request."""
         with _errors():
-            call = self._generation.GenerateStream(generate_request(**options), timeout=self._timeout_s)
+            call = self._generation.GenerateStream(generate_request(**options), **self._options)
             try:
                 yield from call
             finally:
                 call.cancel()
 
-    def load_adapter(self, adapter_id: str, path: str = "") -> adapters_pb2.Adapter:
-        """Load, or load again, an adapter from the server's disk."""
-        with _errors():
-            request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, path=path)
-            response: adapters_pb2.LoadAdapterResponse = self._adapters.LoadAdapter(request, timeout=self._timeout_s)
-            return response.adapter
+    def load_adapter(self, adapter_id: str, path: str = "", **options: Unpack[LoadOptions]) -> adapters_pb2.Adapter:
+        """Load, or load again, an adapter.
+
+        Args:
+            adapter_id: the id to publish it under.
+            path: its folder inside one of the server's adapter directories; empty: the one named adapter_id, or
+                `source` if that is given.
+            options: other fields of the request.
+
+        Returns:
+            What requests get from now on.
+        """
+        request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, path=path, **options)
+        response: adapters_pb2.LoadAdapterResponse = self._call(self._adapters.LoadAdapter, request)
+        return response.adapter
+
+    def plan_load(
+        self, adapter_id: str, path: str = "", **options: Unpack[LoadOptions]
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Have everything read and checked that `load_adapter` would, and change nothing; the answer has a plan."""
+        request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, path=path, dry_run=True, **options)
+        response: adapters_pb2.LoadAdapterResponse = self._call(self._adapters.LoadAdapter, request)
+        return response
 
     def unload_adapter(self, adapter_id: str) -> None:
         """Make an adapter unknown to later requests."""
-        with _errors():
-            request = adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id)
-            self._adapters.UnloadAdapter(request, timeout=self._timeout_s)
+        self._call(self._adapters.UnloadAdapter, adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id))
 
-    def get_adapter(self, adapter_id: str) -> adapters_pb2.Adapter:
-        """Describe one adapter."""
-        with _errors():
-            request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
-            response: adapters_pb2.GetAdapterResponse = self._adapters.GetAdapter(request, timeout=self._timeout_s)
-            return response.adapter
+    def rollback_adapter(self, adapter_id: str, version: str = "") -> adapters_pb2.Adapter:
+        """Make an earlier version current again.
+
+        Args:
+            adapter_id: whose version.
+            version: digest or its beginning, 4 digits or more; empty: the version that was current before.
+        """
+        request = adapters_pb2.RollbackAdapterRequest(adapter_id=adapter_id, version=version)
+        response: adapters_pb2.RollbackAdapterResponse = self._call(self._adapters.RollbackAdapter, request)
+        return response.adapter
+
+    def get_adapter(self, reference: str) -> adapters_pb2.Adapter:
+        """Describe one adapter: an id, in its current version, or `id@digest-prefix`."""
+        return self.describe_adapter(reference).adapter
+
+    def describe_adapter(self, reference: str) -> adapters_pb2.GetAdapterResponse:
+        """Describe one adapter, as `get_adapter`, and all known versions of its id."""
+        request = adapters_pb2.GetAdapterRequest(adapter_id=reference)
+        response: adapters_pb2.GetAdapterResponse = self._call(self._adapters.GetAdapter, request)
+        return response
 
     def list_adapters(self) -> list[adapters_pb2.Adapter]:
         """Describe all adapters, in the order of their ids; fetches every page."""
         adapters: list[adapters_pb2.Adapter] = []
-        token = ""
-        with _errors():
-            while True:
-                request = adapters_pb2.ListAdaptersRequest(page_token=token)
-                page: adapters_pb2.ListAdaptersResponse = self._adapters.ListAdapters(request, timeout=self._timeout_s)
-                adapters.extend(page.adapters)
-                token = page.next_page_token
-                if not token:
-                    return adapters
+        for page in self._pages(self._adapters.ListAdapters, adapters_pb2.ListAdaptersRequest):
+            adapters.extend(page.adapters)
+        return adapters
+
+    def prefetch_adapter(self, reference: str, tier: TierName = "device") -> adapters_pb2.Adapter:
+        """Bring a version into a tier without keeping it there, and return when it is there.
+
+        Args:
+            reference: an id, an alias with one target, or `id@digest-prefix`.
+            tier: where to.
+        """
+        request = adapters_pb2.PrefetchAdapterRequest(adapter_id=reference, tier=_TIERS[tier])
+        response: adapters_pb2.PrefetchAdapterResponse = self._call(self._adapters.PrefetchAdapter, request)
+        return response.adapter
+
+    def pin_adapter(self, adapter_id: str, tier: TierName = "device") -> adapters_pb2.Adapter:
+        """Keep an adapter, in whatever version is current, in a tier, and return when it is there."""
+        request = adapters_pb2.PinAdapterRequest(adapter_id=adapter_id, tier=_TIERS[tier])
+        response: adapters_pb2.PinAdapterResponse = self._call(self._adapters.PinAdapter, request)
+        return response.adapter
+
+    def unpin_adapter(self, adapter_id: str) -> adapters_pb2.Adapter:
+        """Let a pinned adapter be evicted again."""
+        request = adapters_pb2.UnpinAdapterRequest(adapter_id=adapter_id)
+        response: adapters_pb2.UnpinAdapterResponse = self._call(self._adapters.UnpinAdapter, request)
+        return response.adapter
+
+    def set_alias(self, name: str, targets: str | AliasTargets) -> adapters_pb2.Alias:
+        """Create an alias, or move it at once.
+
+        Args:
+            name: what requests may name then.
+            targets: one, or several with their weights.
+
+        Raises:
+            ValueError: a weight is 0, which on the wire would mean 1.
+        """
+        if isinstance(targets, str):
+            targets = {targets: 1.0}
+        pairs = targets.items() if isinstance(targets, Mapping) else targets
+        if not all(weight for _, weight in pairs):
+            raise ValueError("a weight is above 0; leave a target out that shall get no requests")
+        messages = [adapters_pb2.AliasTarget(adapter_id=target, weight=weight) for target, weight in pairs]
+        request = adapters_pb2.SetAliasRequest(alias=adapters_pb2.Alias(name=name, targets=messages))
+        response: adapters_pb2.SetAliasResponse = self._call(self._adapters.SetAlias, request)
+        return response.alias
+
+    def delete_alias(self, name: str) -> None:
+        """Make an alias unknown to later requests."""
+        self._call(self._adapters.DeleteAlias, adapters_pb2.DeleteAliasRequest(name=name))
+
+    def list_aliases(self) -> list[adapters_pb2.Alias]:
+        """Describe all aliases, in the order of their names; fetches every page."""
+        aliases: list[adapters_pb2.Alias] = []
+        for page in self._pages(self._adapters.ListAliases, adapters_pb2.ListAliasesRequest):
+            aliases.extend(page.aliases)
+        return aliases
 
     def is_serving(self, service: str = "") -> bool:
         """Whether the server reports SERVING.
@@ -149,10 +254,8 @@ class LorikeetClient:
         Args:
             service: full name of a service; "" is the server as a whole.
         """
-        with _errors():
-            request = health_pb2.HealthCheckRequest(service=service)
-            response = self._health.Check(request, timeout=self._timeout_s)
-            return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+        response = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
@@ -167,6 +270,32 @@ class LorikeetClient:
     ) -> None:
         """Close the connection."""
         self.close()
+
+    def _call(self, method: Callable[..., Any], request: Message) -> Any:
+        with _errors():
+            return method(request, **self._options)
+
+    def _pages(self, method: Callable[..., Any], request: Callable[..., Message]) -> Iterator[Any]:
+        token = ""
+        while True:
+            page = self._call(method, request(page_token=token))
+            yield page
+            token = page.next_page_token
+            if not token:
+                return
+
+
+def check_client_name(name: str) -> str:
+    """The name, if it can be sent as metadata.
+
+    Raises:
+        ValueError: it is empty or too long, or has characters that metadata cannot carry.
+    """
+    if not 1 <= len(name) <= MAX_CLIENT_NAME or not all("!" <= character <= "~" for character in name):
+        raise ValueError(
+            f"{name[:128]!r} is no client name; allowed: 1 to {MAX_CLIENT_NAME} printable ASCII characters, no spaces."
+        )
+    return name
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from ..adapters.sources.locate import SourcePolicy
 from .addresses import DEFAULT_HOST, DEFAULT_METRICS_PORT, DEFAULT_PORT
 
 ENV_PREFIX = "LORIKEET_"
@@ -99,6 +100,48 @@ class ServerConfig(BaseSettings):
         allow_inf_nan=False,
     )
 
+    adapter_sources: Annotated[tuple[str, ...], NoDecode] = _field(
+        "Adapters",
+        (),
+        "Prefix of URIs that adapters may be loaded from by call, such as hf://my-org/ or s3://bucket/adapters/. May "
+        "be given more than once (separated by spaces in the environment, an array in the file). None: directories "
+        "only.",
+    )
+    adapter_fetch_bytes: ByteSize = _field(
+        "Adapters", ByteSize(4 * GIB), "Largest adapter fetched from a URI, in bytes or as 256MiB, 2GiB.", gt=0
+    )
+    adapter_fetch_timeout_s: float = _field(
+        "Adapters", 600.0, "Seconds that fetching an adapter may take, above 0.", gt=0, allow_inf_nan=False
+    )
+    adapter_store_bytes: ByteSize = _field(
+        "Adapters",
+        ByteSize(4 * GIB),
+        "Disk space for copies of adapter versions, in bytes or as 256MiB, 2GiB; rollback, aliases and adapters from "
+        "URIs rest on them. 0: none are kept.",
+        ge=0,
+    )
+    adapter_allow_zero: bool = _field(
+        "Adapters", False, "Whether adapters that change nothing are served, from watched directories too."
+    )
+    adapter_allow_other_base: bool = _field(
+        "Adapters",
+        False,
+        "Whether adapters that say they were trained for another base are served if their shapes fit, from watched "
+        "directories too.",
+    )
+    base_names: Annotated[tuple[str, ...], NoDecode] = _field(
+        "Adapters",
+        (),
+        "Another name that adapters may know the base by. May be given more than once (separated by spaces in the "
+        "environment, an array in the file).",
+    )
+    state_dir: Path | None = _field(
+        "Adapters",
+        None,
+        "Directory of what survives a restart: adapters loaded by call, rollbacks, pins, aliases. One server each. "
+        "Unset: a private one that goes with the process.",
+    )
+
     kv_cache_bytes: Literal["auto"] | ByteSize = _field(
         "Engine",
         "auto",
@@ -146,6 +189,17 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _split_paths(cls, value: object) -> object:
         return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+    @field_validator("adapter_sources", "base_names", mode="before")
+    @classmethod
+    def _split_words(cls, value: object) -> object:
+        return value.split() if isinstance(value, str) else value
+
+    @field_validator("adapter_sources", mode="after")
+    @classmethod
+    def _check_prefixes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        SourcePolicy((), value)
+        return value
 
     @model_validator(mode="after")
     def _check_step(self) -> Self:

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters.paths import check_adapter_id
+from ..adapters.reference import parse_reference
 from ..adapters.version import AdapterVersion
 from ..protos.v1 import generation_pb2 as pb
 from .engine.request import Delta, Finished, FinishReason, TokenLogprob
 from .engine.sampling_params import SamplingParams
 from .errors import BadRequestError, PromptTooLongError
+from .field_errors import blaming
 from .prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 # How much a request without max_tokens may generate, if the context has room for it; stated in generation.proto.
 DEFAULT_MAX_TOKENS = 256
+MAX_ROUTING_KEY = 256  # characters
 
 _REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -26,10 +28,21 @@ _FIELD_PATHS = {
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A checked GenerateRequest. `params.max_tokens` is a default while `max_tokens` is None: see `fit_max_tokens`."""
+    """A checked GenerateRequest.
+
+    Attributes:
+        prompt: in one of its three forms.
+        reference: what answers: an id, an alias or `id@digest-prefix`; empty: the base.
+        name: the reference without its version.
+        routing_key: decides among the targets of an alias; empty: one is drawn.
+        params: its `max_tokens` is a default while `max_tokens` is None: see `fit_max_tokens`.
+        max_tokens: as the client gave it.
+    """
 
     prompt: Prompt
-    adapter_id: str
+    reference: str
+    name: str
+    routing_key: str
     params: SamplingParams
     max_tokens: int | None
 
@@ -39,12 +52,14 @@ def parse_generation(request: pb.GenerateRequest) -> Generation:
 
     Raises:
         BadRequestError: names the field, what was given and what is allowed.
-        AdapterIdError: adapter_id is none.
+        AdapterIdError, AdapterDigestError: adapter_id is no reference.
     """
-    if request.adapter_id:
-        check_adapter_id(request.adapter_id)
+    reference, name = request.adapter_id, ""
+    if reference:
+        with blaming("adapter_id"):
+            name = parse_reference(reference).name
     max_tokens = request.max_tokens if request.HasField("max_tokens") else None
-    return Generation(_prompt(request), request.adapter_id, _params(request), max_tokens)
+    return Generation(_prompt(request), reference, name, _routing_key(request), _params(request), max_tokens)
 
 
 def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, max_context: int) -> int:
@@ -168,6 +183,16 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
                     {"field": f"messages[{index}].role"},
                 )
     return prompt
+
+
+def _routing_key(request: pb.GenerateRequest) -> str:
+    key = request.routing_key
+    if len(key) > MAX_ROUTING_KEY or not key.isprintable():
+        raise BadRequestError(
+            f"routing_key has {len(key)} characters; allowed: at most {MAX_ROUTING_KEY}, all of them printable.",
+            {"field": "routing_key"},
+        )
+    return key
 
 
 def _params(request: pb.GenerateRequest) -> SamplingParams:

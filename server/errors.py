@@ -23,6 +23,27 @@ class QueueFullError(ServingError):
     reason = "QUEUE_FULL"
 
 
+class AdapterQueueFullError(ServingError):
+    """As many requests of this adapter are waiting as may wait (`max_waiting` of its limits)."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "ADAPTER_QUEUE_FULL"
+
+
+class AdapterRateError(ServingError):
+    """The adapter has used its tokens up (`tokens_per_minute` of its limits); `retry_after_s` says until when."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "ADAPTER_RATE"
+
+
+class ClientNotAllowedError(ServingError):
+    """The policy does not let this client do that; says nothing about whether what it named exists."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "CLIENT_NOT_ALLOWED"
+
+
 class DrainingError(ServingError):
     """The server is shutting down and accepts nothing new."""
 

@@ -17,13 +17,18 @@ from ..adapters.version import AdapterVersion
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1.generation_pb2_grpc import GenerationServiceServicer
 from . import convert
+from .access import Access, OpenAccess
+from .call_deadline import call_deadline
 from .engine.request import Delta, Finished, Request
 from .event_stream import EventBridge, EventStream
+from .field_errors import blaming
 from .interceptors import Context, current_request_id
 from .prompts import PromptEncoder
 
 # gRPC's clock for a deadline and ours may differ by this much.
 DEADLINE_SLACK_S = 0.05
+# Of an adapter reference that may be malformed: as long as a well-formed one can be.
+MAX_LOGGED = 128 + 1 + 64  # characters
 
 
 class EngineClient(Protocol):
@@ -41,8 +46,16 @@ class EngineClient(Protocol):
 class AdapterResolver(Protocol):
     """What is used of the adapter manager; neither blocks on disk."""
 
-    def resolve(self, adapter_id: str) -> AdapterVersion:
-        """Pin the current version. Raises AdapterNotFoundError or AdapterIdError."""
+    def resolve(self, reference: str, routing_key: str) -> AdapterVersion:
+        """Pin the version that a new request gets.
+
+        Args:
+            reference: an id, an alias or `id@digest-prefix`.
+            routing_key: decides among the targets of an alias; empty: one is drawn.
+
+        Raises:
+            AdapterNotFoundError, AdapterIdError, AdapterDigestError: there is none, or not just one.
+        """
         ...
 
     def release(self, version: AdapterVersion) -> None:
@@ -68,6 +81,7 @@ class GenerationService(GenerationServiceServicer):
         prompts: tokenizes.
         bridge: carries events from the step thread.
         max_context: most tokens of prompt plus output.
+        access: decides what each client may use; None: everything.
     """
 
     def __init__(
@@ -77,12 +91,14 @@ class GenerationService(GenerationServiceServicer):
         prompts: PromptEncoder,
         bridge: EventBridge,
         max_context: int,
+        access: Access | None = None,
     ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._prompts = prompts
         self._bridge = bridge
         self._max_context = max_context
+        self._access = OpenAccess() if access is None else access
         self._numbers = itertools.count()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
@@ -108,19 +124,24 @@ class GenerationService(GenerationServiceServicer):
     async def _admit(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[Admitted]:
         """Have a request accepted by the engine, and aborted if the block ends before it does."""
         arrival = time.monotonic()
-        structlog.contextvars.bind_contextvars(adapter=request.adapter_id)
+        structlog.contextvars.bind_contextvars(adapter=request.adapter_id[:MAX_LOGGED])
         generation = convert.parse_generation(request)
+        if generation.name:
+            self._access.may_use(generation.name)
         self._prompts.check_vocabulary("stopping.stop_token_ids", generation.params.stop_token_ids)
         prompt = await self._prompts.encode(generation.prompt)
         max_tokens = convert.fit_max_tokens(generation.max_tokens, len(prompt), self._max_context)
         params = dataclasses.replace(generation.params, max_tokens=max_tokens)
 
         # From here to `submit` there is no await: nothing can cancel the call while only it holds the version.
-        version = self._adapters.resolve(generation.adapter_id) if generation.adapter_id else None
+        version = None
+        if generation.reference:
+            with blaming("adapter_id"):
+                version = self._adapters.resolve(generation.reference, generation.routing_key)
         events = EventStream()
         # Clients choose request ids freely; the engine's are unique.
         engine_id = f"{current_request_id.get()}#{next(self._numbers)}"
-        deadline = _deadline(context)
+        deadline = call_deadline(context)
         try:
             self._engine.submit(
                 Request(
@@ -138,9 +159,11 @@ class GenerationService(GenerationServiceServicer):
                 self._adapters.release(version)
             raise
 
-        structlog.contextvars.bind_contextvars(
-            version=version.digest[:12] if version else "", prompt_tokens=len(prompt)
-        )
+        structlog.contextvars.bind_contextvars(prompt_tokens=len(prompt))
+        if version is not None:
+            structlog.contextvars.bind_contextvars(
+                adapter=version.adapter_id, version=version.digest[:12], reference=generation.reference
+            )
         try:
             yield Admitted(version, len(prompt), events)
         finally:
@@ -149,9 +172,3 @@ class GenerationService(GenerationServiceServicer):
             if not events.ended and (deadline is None or time.monotonic() < deadline - DEADLINE_SLACK_S):
                 self._engine.abort(engine_id)
             structlog.contextvars.bind_contextvars(**events.summary(arrival))
-
-
-def _deadline(context: Context) -> float | None:
-    """The `time.monotonic()` second by which the client wants its answer."""
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining

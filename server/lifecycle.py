@@ -87,14 +87,17 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
     app.manager.on_dead = lambda error: _on_dead(loop, died, "adapter loader", error)
 
     async with AsyncExitStack() as stack:
+        stack.callback(app.state.close)
         app.manager.start()
         stack.callback(app.manager.close)
         app.engine.start()
         stack.callback(app.engine.stop)
 
+        await loop.run_in_executor(None, app.manager.restore)
         if app.watcher is not None:
             await loop.run_in_executor(None, app.watcher.start)
             stack.callback(app.watcher.close)
+        await loop.run_in_executor(None, app.manager.finish_restore)
 
         prompts = PromptEncoder(app.base.tokenizer, app.base.vocab_size)
         stack.callback(prompts.close)

@@ -62,15 +62,21 @@ class StateCollector(Collector):
 
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
-            "Always 1, for every adapter that requests can use without reading a disk.",
+            "Always 1, for every adapter that requests can use without reading a disk; pinned: it is kept there.",
             labels=["adapter_name", "level", "pinned", "rank"],
         )
         counts = dict.fromkeys(_VLLM_LEVELS.values(), 0)
+        # Several versions of one adapter can be ready (aliases); one that looks the same here may be listed only once.
+        seen: set[tuple[str, ...]] = set()
         for info in adapters.adapters:
             level = _VLLM_LEVELS.get(info.tier)
             if info.state is AdapterState.READY and level is not None:
-                loaded.add_metric([info.adapter_id, level, "false", str(info.max_rank)], 1)
                 counts[level] += 1
+                kept = info.pinned in (Tier.DEVICE, info.tier)
+                labels = (info.adapter_id, level, str(kept).lower(), str(info.max_rank))
+                if labels not in seen:
+                    seen.add(labels)
+                    loaded.add_metric(labels, 1)
         yield loaded
         yield GaugeMetricFamily("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", counts["gpu"])
         yield GaugeMetricFamily("vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory only.", counts["cpu"])
@@ -103,6 +109,12 @@ def _adapter_families(stats: AdapterStats) -> Iterable[Metric]:
     for tier, names in stats.names_by_tier().items():
         tiers.add_metric([tier.value], len(names))
     yield tiers
+    pinned = GaugeMetricFamily("lorikeet_adapters_pinned", "Adapters that are kept in a tier.", labels=["tier"])
+    for tier in (Tier.HOST, Tier.DEVICE):
+        pinned.add_metric([tier.value], len({info.adapter_id for info in stats.adapters if info.pinned is tier}))
+    yield pinned
+    aliases = {alias for info in stats.adapters for alias in info.aliases}
+    yield GaugeMetricFamily("lorikeet_adapter_aliases", "Aliases that lead to adapters.", len(aliases))
     states = GaugeMetricFamily("lorikeet_adapter_versions", "Adapter versions by state.", labels=["state"])
     for state in AdapterState:
         states.add_metric([state.value], sum(info.state is state for info in stats.adapters))

@@ -12,11 +12,15 @@ from ..errors import BaseModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve_source(model: str) -> Path:
+def resolve_source(model: str, *, weights: bool = True) -> Path:
     """The local directory of a model given as a directory or a Hugging Face hub id (downloaded with progress).
+
+    Args:
+        model: directory or hub id.
+        weights: download them, too; else only what is small.
 
     Raises:
         BaseModelError: neither a directory nor a hub id that can be fetched.
@@ -30,14 +34,14 @@ def resolve_source(model: str) -> Path:
         raise BaseModelError(
             f"The model {model} is neither an existing directory nor a hub id of the form organisation/name."
         )
-    return _download(model)
+    return _download(model, [*_HUB_PATTERNS, "*.safetensors"] if weights else _HUB_PATTERNS)
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # costs 0.3 s of import, and most starts are local
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except OSError as error:
         no_space = getattr(error, "errno", None) == 28
         why = "the disk is full: free space or set HF_HOME to a larger disk" if no_space else type(error).__name__

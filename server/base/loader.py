@@ -4,6 +4,7 @@ Linears inside decoder layers become NF4; embeddings, norms and lm_head keep 16 
 them. q/k/v and gate/up are stacked. Runs once, at start, on the main thread.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from ...adapters.fingerprint import BaseFingerprint
 from ...adapters.sites import SiteTable
 from ..errors import BaseModelError
 from .attention import ATTENTION
+from .base_hash import identify_base
 from .checkpoint import BaseCheckpoint, quantization_of, resolve_source
 from .families import check_servable, context_limit
 from .fill import fill_model
 from .model import BaseModel
 from .nf4_cache import NF4Cache
-from .site_plan import install_sites, plan_sites
+from .site_plan import describe_sites, install_sites, plan_sites
 
 
 def load_base(
@@ -71,8 +74,43 @@ def load_base(
         compute_dtype=compute_dtype,
         max_context=context_limit(config),
         eos_token_ids=_eos_token_ids(directory, config),
-        name=name or source,
+        fingerprint=identify_base(source, name, directory, checkpoint),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BaseOutline:
+    """What adapters are checked against.
+
+    Attributes:
+        site_table: every adaptable linear.
+        fingerprint: names and hash; without weights, the hash is unknown.
+        vocab_size: token ids are below it.
+    """
+
+    site_table: SiteTable
+    fingerprint: BaseFingerprint
+    vocab_size: int
+
+
+def outline_base(source: str, directory: Path, *, name: str = "") -> BaseOutline:
+    """Describe a base without loading it: needs its config.json only, and little time and memory.
+
+    Args:
+        source: directory or hub id that was asked for.
+        directory: where its files are.
+        name: its public name, where it is not `source`.
+
+    Raises:
+        BaseModelError: this model could not be served, or its weights are damaged.
+    """
+    config = _read_config(directory)
+    check_servable(config)
+    quantization_of(config)
+    sites = describe_sites(plan_sites(_empty_model(config, torch.bfloat16)))
+    checkpoint = BaseCheckpoint(directory) if any(directory.glob("*.safetensors")) else None
+    fingerprint = identify_base(source, name, directory, checkpoint)
+    return BaseOutline(SiteTable(sites), fingerprint, int(config.vocab_size))
 
 
 def _read_config(directory: Path) -> PretrainedConfig:

@@ -28,7 +28,7 @@ class BaseModel:
         compute_dtype: dtype of activations, embeddings, norms and lm_head.
         max_context: tokens.
         eos_token_ids: ids that end a request unless it ignores them.
-        name: how the model names itself (hub id or directory).
+        fingerprint: how adapters may know it: name and hash.
     """
 
     model: nn.Module
@@ -40,12 +40,7 @@ class BaseModel:
     compute_dtype: torch.dtype
     max_context: int
     eos_token_ids: frozenset[int]
-    name: str
-
-    @property
-    def fingerprint(self) -> BaseFingerprint:
-        """How adapters may name this base."""
-        return BaseFingerprint(self.name)
+    fingerprint: BaseFingerprint
 
     @property
     def vocab_size(self) -> int:

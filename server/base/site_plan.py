@@ -85,8 +85,7 @@ def _plan(parent: str, name: str, layer: int, parts: dict[str, nn.Linear]) -> Si
 
 def install_sites(model: nn.Module, plans: list[SitePlan], dtype: torch.dtype) -> list[Site]:
     """Put the NF4 linears into the module tree and describe them as sites."""
-    sites: list[Site] = []
-    for index, plan in enumerate(plans):
+    for plan in plans:
         assert plan.codes is not None and plan.absmax is not None
         weight = prepare_for_device(NF4Weight(plan.codes, plan.absmax, sum(plan.widths), plan.in_features), dtype)
         linear: nn.Module = NF4Linear(weight, plan.bias if plan.has_bias else None)
@@ -98,6 +97,13 @@ def install_sites(model: nn.Module, plans: list[SitePlan], dtype: torch.dtype) -
                 setattr(parent, leaf, SliceLinear(stack, i))
         else:
             setattr(parent, plan.parts[0], linear)
+    return describe_sites(plans)
+
+
+def describe_sites(plans: list[SitePlan]) -> list[Site]:
+    """The sites that the plans come to; needs no weights."""
+    sites: list[Site] = []
+    for index, plan in enumerate(plans):
         slices = tuple(
             Slice(f"{plan.parent}.{leaf}", width) for leaf, width in zip(plan.parts, plan.widths, strict=True)
         )

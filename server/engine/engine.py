@@ -32,7 +32,7 @@ class Engine:
 
     Args:
         runner: the model.
-        scheduler: with its blocks, used by nobody else.
+        scheduler: with its blocks, used by nobody else; its `limits_of` holds for what is handed in, too.
         sampler: chooses tokens.
         make_stream: makes a request's detokenizer (`DetokenizerFactory`).
         adapters: `on_ready` is set here.
@@ -64,7 +64,7 @@ class Engine:
         self._scheduler = scheduler
         self._max_context = max_context
         self._clock = clock
-        self._inbox = Inbox(max_waiting)
+        self._inbox = Inbox(max_waiting, scheduler.limits_of, clock)
         self._loop = StepLoop(
             runner, scheduler, sampler, make_stream, adapters, observer, eos_token_ids, max_context, self._inbox, clock
         )
@@ -84,7 +84,8 @@ class Engine:
 
         Raises:
             ServingError: it is not accepted, and the caller keeps its version: BadRequestError (no prompt, or the id is
-                taken), PromptTooLongError, QueueFullError, DrainingError, EngineDeadError.
+                taken), PromptTooLongError, QueueFullError, AdapterQueueFullError, AdapterRateError, DrainingError,
+                EngineDeadError.
         """
         length, longest = len(request.prompt_token_ids), self._max_context - 1
         if not length:
@@ -107,6 +108,10 @@ class Engine:
         For versions dropped by force; may be called for every version that goes, and more than once.
         """
         self._inbox.drop(version)
+
+    def limits_changed(self) -> None:
+        """The scheduler's `limits_of` returns something else from now on."""
+        self._inbox.limits_changed()
 
     def drain(self, deadline_s: float) -> None:
         """Accept nothing more and return when everything in flight has ended.

@@ -1,14 +1,21 @@
 """Where other threads and the step thread meet: what was accepted, what was asked for, and the engine's state.
 
+Caps on what may wait and on tokens a minute are held here, when a request is handed in. The server's own requests
+(those with `capture`) are no client's and pass them.
+
 Every method may be called on any thread and holds the lock briefly; those that the step thread alone calls say so.
 Imports no torch.
 """
 
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ...adapters.version import AdapterVersion
-from ..errors import BadRequestError, DrainingError, EngineDeadError, QueueFullError
+from ..errors import AdapterQueueFullError, BadRequestError, DrainingError, EngineDeadError, QueueFullError
+from .limits import LimitsOf, TokenRates, unlimited
 from .request import Request
 from .stats import EngineState
 
@@ -23,6 +30,7 @@ class News:
     aborted: list[Request] = field(default_factory=list)
     dropped: list[AdapterVersion] = field(default_factory=list)
     adapter_ready: bool = False
+    limits_changed: bool = False
 
 
 class Inbox:
@@ -30,13 +38,22 @@ class Inbox:
 
     Args:
         max_waiting: requests that may wait, at least 1; the next one is refused.
+        limits_of: caps by adapter id.
+        clock: seconds.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(
+        self, max_waiting: int, limits_of: LimitsOf = unlimited, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         if max_waiting < 1:
             raise ValueError(f"max_waiting ({max_waiting}) must be 1 or more")
         self._max_waiting = max_waiting
+        self._limits_of = limits_of
+        self._clock = clock
         self._num_waiting = 0
+        self._waiting: Counter[str] = Counter()  # by adapter id
+        self._submitted: Counter[str] = Counter()  # by adapter id, since the last `take`
+        self._rates = TokenRates()
         self._live: dict[str, Request] = {}
         self._news = News()
         self._has_news = False
@@ -65,7 +82,8 @@ class Inbox:
         """Accept a request or refuse it.
 
         Raises:
-            EngineDeadError, DrainingError, BadRequestError (the id is taken), QueueFullError: it is not accepted.
+            EngineDeadError, DrainingError, BadRequestError (the id is taken), QueueFullError, AdapterQueueFullError,
+                AdapterRateError: it is not accepted.
         """
         with self._changed:
             if self._state is EngineState.DEAD:
@@ -79,7 +97,11 @@ class Inbox:
                     f"{self._num_waiting} requests are waiting already, which is this server's limit. Try again later.",
                     {"max_waiting": str(self._max_waiting)},
                 )
+            if request.capture is None:
+                self._accept_within_limits(request)
             self._num_waiting += 1
+            self._waiting[request.adapter_id] += 1
+            self._submitted[request.adapter_id] += 1
             self._live[request.request_id] = request
             self._news.submitted.append(request)
             self._is_quiet = False
@@ -105,17 +127,38 @@ class Inbox:
             self._news.adapter_ready = True
             self._notify()
 
+    def limits_changed(self) -> None:
+        """Tell that `limits_of` returns something else now."""
+        with self._changed:
+            self._news.limits_changed = True
+            self._notify()
+
     def take(self) -> News:
         """Everything new. Step thread."""
         with self._changed:
             news, self._news = self._news, News()
+            self._submitted.clear()
             self._has_news = False
             return news
 
-    def set_num_waiting(self, num_scheduled: int) -> None:
-        """Correct the count by what waits in the scheduler. Step thread."""
+    def set_num_waiting(self, num_scheduled: int, changed: Mapping[str, int]) -> None:
+        """Correct the counts by what waits in the scheduler. Step thread.
+
+        Args:
+            num_scheduled: all of them.
+            changed: those of each adapter where that is another number than the last time.
+        """
         with self._changed:
             self._num_waiting = num_scheduled + len(self._news.submitted)
+            for adapter_id, num_waiting in changed.items():
+                self._waiting[adapter_id] = num_waiting + self._submitted[adapter_id]
+                if not self._waiting[adapter_id]:
+                    del self._waiting[adapter_id]
+
+    def spend(self, generated: Mapping[str, int]) -> None:
+        """Count generated tokens, by adapter id, against the adapters' tokens a minute. Step thread."""
+        with self._changed:
+            self._rates.spend(generated, self._clock())
 
     def close(self, request: Request) -> None:
         """A request ends: its terminal event is about to be delivered. Step thread."""
@@ -154,6 +197,21 @@ class Inbox:
         """Wait until nothing is live and everything was delivered, or the engine ended, at most `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_quiet or self._state in ENDED, timeout_s)
+
+    def _accept_within_limits(self, request: Request) -> None:
+        """Refuse a request that is over its adapter's limits, else count its prompt."""
+        adapter_id, now = request.adapter_id, self._clock()
+        limits = self._limits_of(adapter_id)
+        num_waiting = self._waiting[adapter_id]
+        if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
+            whose = f"adapter {adapter_id!r}" if adapter_id else "the base model"
+            raise AdapterQueueFullError(
+                f"{num_waiting} requests of {whose} are waiting already, which is its limit. Try again later.",
+                {"adapter_id": adapter_id, "max_waiting": str(limits.max_waiting)},
+            )
+        if limits.tokens_per_minute is not None:
+            self._rates.check(adapter_id, limits.tokens_per_minute, now)
+            self._rates.accept(adapter_id, limits.tokens_per_minute, len(request.prompt_token_ids), now)
 
     def _notify(self) -> None:
         self._has_news = True

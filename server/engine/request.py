@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from ...adapters.errors import ServingError
 from ...adapters.version import AdapterVersion
 from .sampling_params import SamplingParams
 from .token_counts import TokenCounts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NO_SLOT = -1
 
@@ -90,6 +94,8 @@ class Request:
         order: rank by submission, unique, set by the scheduler. Lower is older; a preempted request keeps it.
         seed: of this request's random numbers: the client's, or a fresh one.
         token_counts: what penalties need, kept by the sampler; None until the first token of a request with penalties.
+        capture: for the server's own requests (server/proof.py), which the observer does not hear of: receives the
+            logits that the first token is sampled from, float32 [vocab] on the CPU; called on the step thread.
     """
 
     request_id: str
@@ -109,6 +115,7 @@ class Request:
     order: int = -1
     seed: int = field(init=False)
     token_counts: TokenCounts | None = None
+    capture: "Callable[[Tensor], None] | None" = None
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -117,6 +124,11 @@ class Request:
     def __post_init__(self) -> None:
         """Fix the seed, so that a preempted request draws on where it was."""
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+
+    @property
+    def adapter_id(self) -> str:
+        """Its adapter's id; "" is the base."""
+        return self.adapter.adapter_id if self.adapter is not None else ""
 
     @property
     def num_tokens(self) -> int:

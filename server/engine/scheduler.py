@@ -1,38 +1,52 @@
 """Which tokens of which requests run in the next step. Imports no torch; used by the engine on the step thread.
 
 A step has a budget of tokens. Decodes come first (one token each), then prompts that are under way, then the waiting: a
-prompt longer than what is left is computed in chunks over several steps. The order among requests is always their age.
+prompt longer than what is left is computed in chunks over several steps. Those that run are ordered by age; of those
+that wait, the one whose adapter has received least goes first (`fair_share.py`), and the older one among equals.
 
-A request is admitted when its adapter has a slot and the KV cache has blocks for all its tokens. Waiting for an adapter
-holds nobody else up (within the bound of `waiting.py`); waiting for blocks does, or a large prompt would never get in.
-When a decode needs a block and there is none, the youngest running request is preempted: it gives back blocks and slot,
-keeps its output and its adapter version, and is computed again (mostly from the prefix cache) when there is room.
+A request is admitted when its adapter runs fewer requests than it may and has a slot, and the KV cache has blocks for
+all its tokens. Waiting for an adapter holds nobody else up (within the bound of `waiting.py`), nor does an adapter's
+own cap; waiting for blocks does, or a large prompt would never get in. When a decode needs a block and there is none,
+the youngest running request is preempted: it gives back blocks and slot, keeps its output and its adapter version, and
+is computed again (mostly from the prefix cache) when there is room.
 
-Nobody starves. Take the oldest request B that has not ended, and let running requests be bounded by max_tokens.
-1. B running is never preempted, except alone, and alone it fits (`check_fits`). It gets a token or a chunk each step,
-   since the budget covers one token for every running request.
-2. B waiting with its adapter active is the first one admitted when blocks and a place among the running come free.
-   Running requests end, and nobody is admitted before B, so they do.
-3. B waiting for its adapter is the oldest parked request, and after 2 x bound no request with an adapter is admitted
-   but B's. Those that run end, the reserved slot (below) is given back, nothing but B's adapter is asked for: by the
-   promise of `AdapterPort` it comes.
+Nobody starves. Let running requests be bounded by max_tokens. A request that runs ends or is preempted: a step computes
+a token of every decode and some of the oldest prompt under way, and only finitely many prompts are older than one. Take
+the oldest request B that has not ended.
+1. B running is never preempted, except alone, and alone it fits (`check_fits`).
+2. B waiting, with as many requests of its adapter running as may: when one of them stops, B's lane is let in again,
+   before any other request of the adapter can be admitted.
+3. B waiting and competing (`waiting.py`): of its adapter's requests B is looked at first. So while B waits none of them
+   is admitted, those that run end, and B's counter stands still. Within `max_wait_s` it is set back to the floor. No
+   counter of those that compete is below the floor or ever comes there, and at the same counter the oldest goes first:
+   from now on B is looked at before everybody else. Either its adapter is not there (4), or nobody is admitted before B
+   has its blocks and a place among the running; those that run end, so it gets them.
+4. B waiting for its adapter is the oldest parked request, and after 2 x bound no request with an adapter is admitted
+   but B's. (Another version of B's adapter may be before that, and 2 hold for a while; the clock of the bound runs on.)
+   Those that run end, the reserved slot (below) is given back, and as in 3 B is soon looked at first in every pass:
+   its adapter is asked for, no other is, and by the promise of `AdapterPort` it comes. Should B lose it again because
+   requests of the base got its blocks, then B was not in front yet; it will be when its adapter comes once more.
 When B ends, the next oldest is B. Ages never change, and only finitely many requests are older than any given one.
 
 The one request that has its adapter but waits for blocks keeps the activation (`_reserved`), so that its adapter cannot
-be evicted again meanwhile. There is never more than one, and a hold ends it.
+be evicted again meanwhile. There is never more than one, and a hold or its adapter's cap ends it.
 """
 
 import bisect
 import itertools
 import operator
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ...adapters.errors import ServingError
 from ..errors import PromptTooLongError
 from .adapter_port import AdapterPort
 from .block_manager import BlockManager, IntegrityError
+from .fair_share import INPUT_TOKEN, OUTPUT_TOKEN, FairShare
+from .lanes import Lane
+from .limits import LimitsOf, unlimited
 from .request import NO_SLOT, Phase, Request
-from .waiting import Lane, WaitingLanes
+from .waiting import WaitingLanes
 
 _by_order = operator.attrgetter("order")
 
@@ -84,7 +98,9 @@ class Scheduler:
         adapters: activates versions.
         max_running: requests in a step at most, at least 1.
         token_budget: tokens in a step at most, at least max_running.
+        limits_of: weight and cap by adapter id.
         starvation_bound_s: seconds a request may be blocked by its adapter before younger ones are held back.
+        max_wait_s: seconds an adapter may wait without an admission before its oldest request goes first.
         watermark: share of the blocks to leave for the growth of running requests when another one is admitted.
         max_adapter_tries: vain `try_activate` calls per step.
     """
@@ -96,16 +112,20 @@ class Scheduler:
         *,
         max_running: int,
         token_budget: int,
+        limits_of: LimitsOf = unlimited,
         starvation_bound_s: float = 2.0,
+        max_wait_s: float = 30.0,
         watermark: float = 0.01,
         max_adapter_tries: int = 32,
     ) -> None:
         if not 1 <= max_running <= token_budget:
             raise ValueError(f"max_running ({max_running}) must be 1 to token_budget ({token_budget})")
         self.blocks = blocks
+        self.limits_of = limits_of
         self.running: list[Request] = []  # oldest first
         self._adapters = adapters
-        self._waiting = WaitingLanes(starvation_bound_s, max_adapter_tries)
+        self._shares = FairShare(limits_of, max_wait_s)
+        self._waiting = WaitingLanes(starvation_bound_s, max_adapter_tries, self._shares)
         self._max_running = max_running
         self._token_budget = token_budget
         self._spare = round(watermark * blocks.num_blocks)
@@ -149,6 +169,10 @@ class Scheduler:
         """Some adapter became resident (`AdapterPort.on_ready`)."""
         self._waiting.adapter_ready()
 
+    def refresh_limits(self) -> None:
+        """What `limits_of` returns has changed."""
+        self._waiting.refresh_limits()
+
     def schedule(self, now: float) -> Plan:
         """Plan the next step at `time.monotonic()` second `now`. Running it is not recorded until `complete`."""
         plan = Plan(ScheduledStep([]))
@@ -156,8 +180,7 @@ class Scheduler:
         budget = self._token_budget - len(items)
         for request in self.running:
             if budget and not _is_decode(request):
-                items.append(_chunk(request, budget))
-                budget -= items[-1].num_tokens
+                budget -= self._take(request, budget, items)
         # Who was just preempted would be the first to take the blocks again.
         if not plan.preempted:
             self._admit(now, budget, items, plan)
@@ -175,6 +198,7 @@ class Scheduler:
         if request.phase is Phase.RUNNING:
             del self.running[bisect.bisect_left(self.running, request.order, key=_by_order)]
             self._give_back(request)
+            self._waiting.stopped(request)
         elif request.phase is Phase.WAITING:
             self._waiting.remove(request)
             self._give_back(request)
@@ -182,7 +206,11 @@ class Scheduler:
 
     def count_waiting_by_adapter(self) -> dict[str, int]:
         """Waiting requests by adapter id ("" is the base)."""
-        return self._waiting.count_by_adapter()
+        return self._shares.waiting_by_adapter()
+
+    def take_waiting_changes(self) -> dict[str, int]:
+        """Requests that wait now, of each adapter where that has changed since the last call."""
+        return self._shares.take_waiting_changes()
 
     def check_integrity(self) -> None:
         """Verify every invariant of blocks, lanes and running requests; O(all of them).
@@ -202,6 +230,9 @@ class Scheduler:
                 raise IntegrityError(f"{request.request_id} of {request.adapter} runs in slot {request.slot}")
             if not request.num_computed_tokens < request.num_tokens:
                 raise IntegrityError(f"{request.request_id} runs with nothing left to compute")
+        running = Counter(request.adapter_id for request in self.running)
+        if running != self._shares.running_by_adapter():
+            raise IntegrityError(f"{dict(running)} run, {self._shares.running_by_adapter()} were counted")
         if self.blocks.stats().used != len({block for request in self.running for block in request.block_table}):
             raise IntegrityError("blocks are in use that no running request holds")
 
@@ -220,8 +251,19 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                items.append(_chunk(request, 1))
+                self._take(request, 1, items)
         return items
+
+    def _take(self, request: Request, budget: int, items: list[ScheduledRequest]) -> int:
+        """Schedule as many of the request's uncomputed tokens as fit, and charge its adapter; returns how many."""
+        start = request.num_computed_tokens
+        num_tokens = min(budget, request.num_tokens - start)
+        samples = start + num_tokens == request.num_tokens
+        items.append(ScheduledRequest(request, start, num_tokens, samples))
+        # The one token that a decode computes was counted when it was generated.
+        num_input = 0 if start >= len(request.prompt_token_ids) and num_tokens == 1 else num_tokens
+        self._waiting.charge(request, num_input * INPUT_TOKEN + samples * OUTPUT_TOKEN)
+        return num_tokens
 
     def _preempt(self, request: Request) -> None:
         self._give_back(request)
@@ -229,6 +271,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.phase = Phase.WAITING
         self._waiting.push(request)
+        self._waiting.stopped(request)
 
     def _give_back(self, request: Request) -> None:
         """Free the request's blocks and its activation, as far as it has any."""
@@ -245,10 +288,11 @@ class Scheduler:
         if not len(self._waiting):
             return
         self._waiting.begin(now)
+        if self._reserved is not None and not self._waiting.may_pass(self._reserved):
+            self._reserve(None)
         while budget and len(self.running) < self._max_running:
             lane = self._waiting.next()
             if lane is None:
-                self._reserve(None)  # a reserved request that nobody visited is held back
                 return
             request = lane.head
             try:
@@ -264,9 +308,8 @@ class Scheduler:
                 self._reserve(request)
                 return
             self._start(request, num_cached, now, plan)
+            budget -= self._take(request, budget, items)
             self._waiting.again(lane)
-            items.append(_chunk(request, budget))
-            budget -= items[-1].num_tokens
 
     def _activate(self, lane: Lane, now: float) -> bool:
         """Make sure that the lane's head has a slot if it needs one; False if its adapter is not there."""
@@ -288,7 +331,7 @@ class Scheduler:
         self._reserved = request if request is not None and request.slot != NO_SLOT else None
 
     def _start(self, request: Request, num_cached: int, now: float, plan: Plan) -> None:
-        self._waiting.remove(request)
+        self._waiting.admitted(request)
         if request is self._reserved:
             self._reserved = None
         request.phase = Phase.RUNNING
@@ -302,10 +345,3 @@ class Scheduler:
 
 def _is_decode(request: Request) -> bool:
     return request.num_computed_tokens == request.num_tokens - 1
-
-
-def _chunk(request: Request, budget: int) -> ScheduledRequest:
-    """As many of the request's uncomputed tokens as fit."""
-    start = request.num_computed_tokens
-    num_tokens = min(budget, request.num_tokens - start)
-    return ScheduledRequest(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)

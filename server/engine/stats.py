@@ -67,3 +67,27 @@ class EngineObserver(Protocol):
     def on_preempted(self, adapter: str) -> None:
         """A request gave its blocks back to older ones and waits again."""
         ...
+
+
+class SilentObserver:
+    """Ignores every event."""
+
+    def on_admitted(self, adapter: str, queue_wait_s: float) -> None:
+        """Ignore it."""
+
+    def on_first_token(self, adapter: str, ttft_s: float) -> None:
+        """Ignore it."""
+
+    def on_token(self, adapter: str, itl_s: float) -> None:
+        """Ignore it."""
+
+    def on_finished(
+        self, adapter: str, outcome: str, prompt_tokens: int, cached_tokens: int, output_tokens: int, e2e_s: float
+    ) -> None:
+        """Ignore it."""
+
+    def on_step(self, seconds: float, num_tokens: int, num_requests: int, num_adapters: int) -> None:
+        """Ignore it."""
+
+    def on_preempted(self, adapter: str) -> None:
+        """Ignore it."""

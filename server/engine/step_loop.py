@@ -28,11 +28,12 @@ from .output import Output, TextStreamFactory
 from .request import NO_SLOT, Event, Failed, Finished, Phase, Request
 from .sampler import SampledToken, Sampler
 from .scheduler import Plan, ScheduledStep, Scheduler
-from .stats import EngineObserver, EngineState, EngineStats
+from .stats import EngineObserver, EngineState, EngineStats, SilentObserver
 
 log = structlog.stdlib.get_logger(__name__)
 
 _STATS_EVERY_S = 0.1
+_UNOBSERVED = SilentObserver()
 _RETRY_EVERY_S = 1.0  # with requests that wait for adapters and nothing to run; `on_ready` comes before, as a rule
 
 
@@ -136,16 +137,18 @@ class StepLoop:
             self._scheduler.blocks.drop_adapter(version.digest)
             for request in [request for request in self._outputs if request.adapter == version]:
                 self._fail(request, _unloaded(version))
+        if news.limits_changed:
+            self._scheduler.refresh_limits()
         if news.adapter_ready:
             self._scheduler.adapter_ready()
 
     def _report(self, plan: Plan, now: float) -> None:
         """Tell the observer, and the requests that failed, what the scheduler did."""
         for request in plan.admitted:
-            self._observer.on_admitted(_adapter_id(request), now - request.arrival)
+            self._observer_of(request).on_admitted(_adapter_id(request), now - request.arrival)
         for request in plan.preempted:
             self._num_preemptions += 1
-            self._observer.on_preempted(_adapter_id(request))
+            self._observer_of(request).on_preempted(_adapter_id(request))
         for request, error in plan.failed:
             self._end(request, Failed(error))
 
@@ -163,13 +166,16 @@ class StepLoop:
         self._num_steps += 1
         num_adapters = len({item.request.slot for item in step.requests} - {NO_SLOT})
         self._observer.on_step(now - started, step.num_tokens, len(step.requests), num_adapters)
+        self._inbox.spend(Counter(request.adapter_id for request in sampling if request.capture is None))
         for request, token in zip(sampling, sampled, strict=True):
             self._deliver(request, token, now)
 
     def _forward(self, step: ScheduledStep, sampling: Sequence[Request]) -> list[SampledToken | None]:
         logits = self._runner.forward(step)
         if sampling:
-            return self._sampler.sample(logits, sampling)
+            sampled = self._sampler.sample(logits, sampling)
+            _capture(logits, sampling)
+            return sampled
         if logits.is_cuda:
             # Nothing to copy, but a step ends when its work has: its time is measured, and no second one piles up.
             torch.cuda.synchronize(logits.device)
@@ -197,9 +203,9 @@ class StepLoop:
         adapter = _adapter_id(request)
         if request.first_token is None or request.last_token is None:
             request.first_token = now
-            self._observer.on_first_token(adapter, now - request.arrival)
+            self._observer_of(request).on_first_token(adapter, now - request.arrival)
         else:
-            self._observer.on_token(adapter, now - request.last_token)
+            self._observer_of(request).on_token(adapter, now - request.last_token)
         request.last_token = now
         if not self._emit(request, delta):
             self._fail(request, CancelledError("The output could not be delivered."))
@@ -215,7 +221,7 @@ class StepLoop:
         self._scheduler.remove(request)
         del self._outputs[request]
         outcome = event.reason.value if isinstance(event, Finished) else event.error.reason.lower()
-        self._observer.on_finished(
+        self._observer_of(request).on_finished(
             _adapter_id(request),
             outcome,
             len(request.prompt_token_ids),
@@ -234,6 +240,10 @@ class StepLoop:
         finally:
             self._emit(request, event)
 
+    def _observer_of(self, request: Request) -> EngineObserver:
+        """Who hears of a request: of the server's own ones nobody, they are no client's."""
+        return self._observer if request.capture is None else _UNOBSERVED
+
     def _emit(self, request: Request, event: Event) -> bool:
         """Hand an event over; False if whoever takes it raised."""
         try:
@@ -250,7 +260,7 @@ class StepLoop:
     def _publish(self, now: float, *, force: bool) -> None:
         """Refresh what other threads see."""
         num_waiting = self._scheduler.num_waiting
-        self._inbox.set_num_waiting(num_waiting)
+        self._inbox.set_num_waiting(num_waiting, self._scheduler.take_waiting_changes())
         if not force and now - self._stats_at < _STATS_EVERY_S:
             return
         self._stats_at = now
@@ -264,6 +274,14 @@ class StepLoop:
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
         )
+
+
+def _capture(logits: Tensor, sampling: Sequence[Request]) -> None:
+    """Hand the logits of first tokens to those who asked for them."""
+    for row, request in enumerate(sampling):
+        if request.capture is not None and not request.output_token_ids:
+            with _logged("logits_not_captured", request):
+                request.capture(logits[row].to("cpu", torch.float32, copy=True))
 
 
 @contextlib.contextmanager

@@ -1,39 +1,36 @@
 """Requests that wait, in one lane per adapter version, and in which order they may be tried. Imports no torch.
 
 Only the scheduler uses it, on the step thread. All requests of a version wait for the same adapter, so they are looked
-at as one: a pass costs O(running + admitted), however many requests or versions wait. A lane is
+at as one: a pass costs O(running + admitted), times the log of what waits, however many requests or adapters wait.
+(Where versions of one adapter wait side by side, each counts.) A lane is
 
     OPEN      nothing has to come in: the base, or the version is active already
     UNTRIED   nobody has asked the adapters for it since it was last active
     PARKED    the adapters were asked, and it was not on the device
 
-A pass (`begin`, then `next` until None) visits lanes by the age of their oldest request, oldest first. It asks the
-adapters at most `max_tries` times in vain: for the oldest parked lanes, for the other parked ones in rotation, and for
-untried ones.
+and, whatever its state, left out while its adapter runs as many requests as it may. Lanes that are OPEN or UNTRIED and
+not left out compete.
 
-Fairness between adapters: while the oldest parked request B has been blocked for less than `bound_s`, everybody may
-overtake it. From then on younger requests may not activate another version; from twice the bound on younger requests
-with an adapter are not admitted at all, so that the versions in use run dry and the adapters are asked for B's alone.
-Requests of the base need no slot and are never held. `scheduler.py` shows why nobody starves.
+A pass (`begin`, then `next` until None) visits lanes by the counter of their adapter (`fair_share.py`), lowest first,
+and at the same counter by the age of their oldest request. It asks the adapters at most `max_tries` times in vain: for
+the oldest parked lanes, for the other parked ones in rotation, and for untried ones.
+
+While the oldest parked request B has been blocked for less than `bound_s`, everybody may overtake it. From then on
+younger requests may not activate another version; from twice the bound on younger requests with an adapter are not
+admitted at all, so that the versions in use run dry and the adapters are asked for B's alone. Requests of the base need
+no slot and are never held. `scheduler.py` shows why nobody starves.
 """
 
 import bisect
 import heapq
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from collections.abc import Iterable
+from enum import IntEnum
 
 from ...adapters.version import AdapterVersion
 from .block_manager import IntegrityError
+from .fair_share import FairShare, Share
+from .lanes import ByAge, ByCounter, Lane, LaneIndex, LaneState, by_counter, competes, head_order
 from .request import Request
-
-
-class LaneState(StrEnum):
-    """What is known about a lane's adapter."""
-
-    OPEN = "open"
-    UNTRIED = "untried"
-    PARKED = "parked"
 
 
 class Hold(IntEnum):
@@ -44,53 +41,32 @@ class Hold(IntEnum):
     ADAPTERS = 2  # be admitted with any adapter
 
 
-@dataclass(slots=True, eq=False)
-class Lane:
-    """The waiting requests of one adapter version (None: the base), oldest first.
-
-    Attributes:
-        active: activations of the version that are held, by running requests or a waiting one.
-        blocked_since: second at which the lane was parked.
-        place: where the lane is sorted in, None while it has no requests.
-    """
-
-    version: AdapterVersion | None
-    state: LaneState
-    requests: OrderedDict[Request, None] = field(default_factory=OrderedDict)
-    active: int = 0
-    blocked_since: float = 0.0
-    place: tuple[LaneState, int] | None = None
-
-    @property
-    def head(self) -> Request:
-        """The oldest request."""
-        return next(iter(self.requests))
-
-
 class WaitingLanes:
     """The waiting queue.
 
     Args:
         bound_s: seconds a request may be blocked by its adapter before younger ones are held back.
         max_tries: vain questions to the adapters in one pass, at least 4.
+        shares: the adapters' counters; told here of requests that wait, run and end.
     """
 
-    def __init__(self, bound_s: float, max_tries: int) -> None:
+    def __init__(self, bound_s: float, max_tries: int, shares: FairShare) -> None:
         if max_tries < 4 or bound_s < 0:
             raise ValueError(f"max_tries ({max_tries}) must be 4 or more, bound_s ({bound_s}) 0 or more")
         self._bound_s = bound_s
         self._max_tries = max_tries
+        self._shares = shares
         self._lanes: dict[AdapterVersion | None, Lane] = {}
-        # Lanes that have requests, by the order of their head. An insertion moves memory, 16 bytes a lane.
-        self._sorted: dict[LaneState, list[tuple[int, Lane]]] = {state: [] for state in LaneState}
+        self._siblings: dict[Share, list[Lane]] = {}
+        self._index = LaneIndex()
         self._size = 0
         self._rotated_to = -1  # order of the parked lane that was tried last in rotation
         self._recheck = 0  # parked lanes whose turn in the rotation has not come since something became ready
         # The pass under way:
-        self._heap: list[tuple[int, Lane]] = []
+        self._heap: list[ByCounter] = []  # counters can have grown since
         self._hold = Hold.NOTHING
         self._limit = 0  # order of the oldest parked request, while something is held back
-        self._tries = max_tries
+        self._tries = max_tries  # for untried lanes
 
     def __len__(self) -> int:
         return self._size
@@ -99,7 +75,13 @@ class WaitingLanes:
 
     def push(self, request: Request) -> None:
         """Add a new request, or one that was preempted: it returns to its place by age, the front of its lane."""
-        lane = self._lane(request.adapter)
+        version = request.adapter
+        share = self._shares.enter(request.adapter_id, request.arrival)
+        lane = self._lanes.get(version)
+        if lane is None:
+            lane = Lane(version, share, LaneState.OPEN if version is None else LaneState.UNTRIED)
+            self._lanes[version] = lane
+            self._siblings.setdefault(share, []).append(lane)
         is_front = bool(lane.requests) and request.order < lane.head.order
         lane.requests[request] = None
         if is_front:
@@ -108,24 +90,50 @@ class WaitingLanes:
         self._sort_in(lane)
 
     def remove(self, request: Request) -> None:
-        """Take out a request that was admitted or has ended."""
-        lane = self._lane(request.adapter)
-        del lane.requests[request]
-        self._size -= 1
+        """Take out a request that has ended."""
+        lane = self._take_out(request)
+        self._shares.leave(lane.share)
         self._sort_in(lane)
+
+    def admitted(self, request: Request) -> None:
+        """Take out a request that runs from now on."""
+        lane = self._take_out(request)
+        self._shares.admit(lane.share)
+        self._sort_in(lane)
+        if lane.share.is_capped:
+            self._sort_in_all(self._siblings.get(lane.share, ()))
+
+    def stopped(self, request: Request) -> None:
+        """A request that ran has ended, or was preempted (and pushed again before)."""
+        share = self._shares[request.adapter_id]
+        was_capped = share.is_capped
+        self._shares.stop(share)
+        if was_capped:
+            self._sort_in_all(self._siblings.get(share, ()))
+
+    def charge(self, request: Request, tokens: float) -> None:
+        """A running request receives service, in weighted tokens."""
+        share = self._shares[request.adapter_id]
+        self._shares.charge(share, tokens)
+        self._counter_changed(share)
+
+    def refresh_limits(self) -> None:
+        """Weights and caps have changed."""
+        self._shares.refresh_limits()
+        self._sort_in_all(self._lanes.values())
 
     # Adapters.
 
     def activated(self, version: AdapterVersion) -> None:
         """A request has got an activation of its version."""
-        lane = self._lane(version)
+        lane = self._lanes[version]
         lane.active += 1
         lane.state = LaneState.OPEN
         self._sort_in(lane)
 
     def deactivated(self, version: AdapterVersion) -> None:
         """A request has given its activation back."""
-        lane = self._lane(version)
+        lane = self._lanes[version]
         lane.active -= 1
         if not lane.active and lane.state is LaneState.OPEN:
             lane.state = LaneState.UNTRIED
@@ -133,42 +141,62 @@ class WaitingLanes:
 
     def adapter_ready(self) -> None:
         """Some adapter became resident, nobody says which: all parked lanes are worth a try."""
-        self._recheck = len(self._sorted[LaneState.PARKED])
+        self._recheck = len(self._index.parked)
 
     # One pass.
 
     def begin(self, now: float) -> None:
         """Start a pass at second `now`."""
-        parked = self._sorted[LaneState.PARKED]
-        self._tries = self._max_tries
+        for share in self._shares.set_back(now, self._max_tries):
+            self._counter_changed(share)
         self._hold = self._hold_at(now)
         if self._hold:
-            self._limit = parked[0][0]
+            self._limit = self._index.parked[0][0]
             self._recheck = 0
-            retries = parked[:1]
+            retries = self._index.parked[:1]
         else:
-            retries = self._rotate(parked)
-        self._heap = [entry for entry in self._sorted[LaneState.OPEN] if self._may_pass(*entry)] + retries
+            retries = self._rotate()
+        self._heap = [by_counter(lane) for lane in self._index.open if self._may_pass(lane.head.order, lane)]
+        if not self._hold:  # while some are held back, they keep what they have saved
+            lowest = [entry[0] for entry in (*self._heap, *self._index.untried[:1])]
+            if lowest:
+                self._shares.raise_floor(min(lowest))
+        # The oldest untried lane too: others in front of it cannot use up its try, pass after pass.
+        oldest = [entry for entry in self._index.untried_by_age[:1] if self._may_pass(*entry)]
+        self._heap += [by_counter(lane) for _, lane in (*retries, *oldest)]
         heapq.heapify(self._heap)
+        self._tries = self._max_tries - len(retries) - len(oldest)
+
+    def may_pass(self, request: Request) -> bool:
+        """Whether a request that waits may be admitted in this pass, if everything it needs is there."""
+        lane = self._lanes[request.adapter]
+        return lane.place is not None and self._may_pass(request.order, lane)
 
     def next(self) -> Lane | None:
-        """The next lane whose head may be admitted. To be followed by `remove`, `park` or the end of the pass."""
+        """The next lane whose head may be admitted. To be followed by `admitted`, `park` or the end of the pass."""
         untried = self._next_untried() if self._tries else None
-        while self._heap and (untried is None or self._heap[0][0] < untried.head.order):
-            lane = heapq.heappop(self._heap)[1]
-            if self._tries or lane.state is LaneState.OPEN:
+        while self._heap:
+            counter, order, lane = self._heap[0]
+            if lane.place is None:
+                heapq.heappop(self._heap)
+            elif counter != lane.share.counter:
+                heapq.heapreplace(self._heap, by_counter(lane))
+            elif untried is not None and (untried.share.counter, untried.head.order) < (counter, order):
+                break
+            else:
+                heapq.heappop(self._heap)
                 return lane
         return untried
 
     def again(self, lane: Lane) -> None:
         """Visit a lane once more in this pass: its head was admitted and there may be another."""
-        if lane.place is not None and self._may_pass(lane.place[1], lane):
-            heapq.heappush(self._heap, (lane.place[1], lane))
+        if lane.place is not None and self._may_pass(lane.head.order, lane):
+            heapq.heappush(self._heap, by_counter(lane))
 
     def park(self, lane: Lane, now: float) -> None:
         """The lane's adapter is not there yet."""
-        self._tries = max(0, self._tries - 1)
         if lane.state is not LaneState.PARKED:
+            self._tries = max(0, self._tries - 1)
             lane.state = LaneState.PARKED
             lane.blocked_since = now
             self._sort_in(lane)
@@ -180,86 +208,89 @@ class WaitingLanes:
 
     # Views.
 
-    def count_by_adapter(self) -> dict[str, int]:
-        """Waiting requests by adapter id ("" is the base)."""
-        counts: dict[str, int] = {}
-        for lane in self._lanes.values():
-            if lane.requests:
-                adapter_id = lane.version.adapter_id if lane.version is not None else ""
-                counts[adapter_id] = counts.get(adapter_id, 0) + len(lane.requests)
-        return counts
-
     def check_integrity(self) -> None:
-        """Verify the order of the lanes and of their requests; O(waiting).
+        """Verify the order of the lanes and of their requests, and the counts of the shares; O(waiting).
 
         Raises:
             IntegrityError: names the lane that is wrong.
         """
+        waiting: dict[str, int] = {}
         for lane in self._lanes.values():
             orders = [request.order for request in lane.requests]
             if orders != sorted(orders):
                 raise IntegrityError(f"the lane of {lane.version} is out of order: {orders}")
-            if lane.place != ((lane.state, orders[0]) if orders else None):
+            if lane.place != lane.right_place:
                 raise IntegrityError(f"the lane of {lane.version} is sorted in at {lane.place}")
-            if not orders and not lane.active and lane.version is not None:
+            if not orders and not lane.active:
                 raise IntegrityError(f"the lane of {lane.version} is empty and was kept")
-        places = {(state, order): lane for state, lanes in self._sorted.items() for order, lane in lanes}
-        if places != {lane.place: lane for lane in self._lanes.values() if lane.place is not None}:
-            raise IntegrityError("the sorted lanes are not the lanes with requests")
-        if self._size != sum(len(lane.requests) for lane in self._lanes.values()):
-            raise IntegrityError(f"{self._size} requests were counted, the lanes hold another number")
+            if competes(lane.place) and lane.share.counter < self._shares.floor:
+                raise IntegrityError(f"the counter of {lane.version} is below the floor")
+            if orders:
+                waiting[lane.share.adapter_id] = waiting.get(lane.share.adapter_id, 0) + len(orders)
+        if waiting != self._shares.waiting_by_adapter() or self._size != sum(waiting.values()):
+            raise IntegrityError(f"{self._size} requests were counted, the lanes hold {waiting}")
+        siblings = [lane for lanes in self._siblings.values() for lane in lanes]
+        if len(siblings) != len(self._lanes) or set(siblings) != set(self._lanes.values()):
+            raise IntegrityError("the lanes by adapter are not the lanes")
+        self._index.check_integrity(set(siblings))
 
-    def _lane(self, version: AdapterVersion | None) -> Lane:
-        lane = self._lanes.get(version)
-        if lane is None:
-            lane = Lane(version, LaneState.OPEN if version is None else LaneState.UNTRIED)
-            self._lanes[version] = lane
+    def _take_out(self, request: Request) -> Lane:
+        lane = self._lanes[request.adapter]
+        del lane.requests[request]
+        self._size -= 1
         return lane
 
     def _sort_in(self, lane: Lane) -> None:
-        """Move the lane to where its state and head belong; forget it when nothing is left of it."""
-        place = (lane.state, lane.head.order) if lane.requests else None
-        if place != lane.place:
-            if lane.place is not None:
-                lanes = self._sorted[lane.place[0]]
-                del lanes[bisect.bisect_left(lanes, lane.place[1], key=_order)]
-            if place is not None:
-                bisect.insort(self._sorted[place[0]], (place[1], lane), key=_order)
-            lane.place = place
-        if not lane.requests and not lane.active and lane.version is not None:
-            self._lanes.pop(lane.version, None)
+        """Move the lane to where it belongs; forget it when nothing is left of it."""
+        if competes(lane.right_place) and not competes(lane.place):
+            self._shares.lift(lane.share)
+        self._index.sort_in(lane)
+        if not lane.requests and not lane.active:
+            del self._lanes[lane.version]
+            lanes = self._siblings[lane.share]
+            lanes.remove(lane)
+            if not lanes:
+                del self._siblings[lane.share]
+
+    def _sort_in_all(self, lanes: Iterable[Lane]) -> None:
+        for lane in list(lanes):
+            self._sort_in(lane)
+
+    def _counter_changed(self, share: Share) -> None:
+        for lane in self._siblings.get(share, ()):
+            if lane.state is LaneState.UNTRIED:
+                self._index.sort_in(lane)
 
     def _hold_at(self, now: float) -> Hold:
-        parked = self._sorted[LaneState.PARKED]
-        if not parked:
+        if not self._index.parked:
             return Hold.NOTHING
-        lane = parked[0][1]
+        lane = self._index.parked[0][1]
         blocked_s = now - max(lane.blocked_since, lane.head.arrival)
         if blocked_s < self._bound_s:
             return Hold.NOTHING
         return Hold.NEW_VERSIONS if blocked_s < 2 * self._bound_s else Hold.ADAPTERS
 
     def _may_pass(self, order: int, lane: Lane) -> bool:
-        """Whether the hold lets a lane's head of that order be admitted."""
+        """Whether the hold lets a lane's request of that order be admitted."""
         if self._hold is Hold.NOTHING or order <= self._limit or lane.version is None:
             return True
         return self._hold is Hold.NEW_VERSIONS and lane.active > 0
 
     def _next_untried(self) -> Lane | None:
-        untried = self._sorted[LaneState.UNTRIED]
-        return untried[0][1] if untried and self._may_pass(*untried[0]) else None
+        if not self._index.untried:
+            return None
+        if self._hold is Hold.NOTHING:
+            return self._index.untried[0][-1]
+        order, lane = self._index.untried_by_age[0]
+        return lane if self._may_pass(order, lane) else None
 
-    def _rotate(self, parked: list[tuple[int, Lane]]) -> list[tuple[int, Lane]]:
+    def _rotate(self) -> list[ByAge]:
         """A quarter of the tries for the oldest, a quarter for the others in turn; half is left to untried lanes."""
         share = self._max_tries // 4
-        oldest, others = parked[:share], parked[share:]
-        start = bisect.bisect_right(others, self._rotated_to, key=_order)
+        oldest, others = self._index.parked[:share], self._index.parked[share:]
+        start = bisect.bisect_right(others, self._rotated_to, key=head_order)
         turn = (others[start:] + others[:start])[:share]
         if turn:
             self._rotated_to = turn[-1][0]
         self._recheck = max(0, min(self._recheck, len(others)) - len(turn))
         return oldest + turn
-
-
-def _order(entry: tuple[int, Lane]) -> int:
-    return entry[0]

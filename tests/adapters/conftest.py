@@ -12,6 +12,7 @@ from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.manager import AdapterManager
 from lorikeet.adapters.packing import PackedAdapter
 from lorikeet.adapters.sites import Site, SiteTable, Slice
+from lorikeet.adapters.state.state_dir import StateDir, open_state_dir
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -200,9 +201,12 @@ def clone_adapter(lora_dir: Path, edit_tensors: Callable[..., None]) -> Callable
 @pytest.fixture
 def make_manager(tmp_path: Path, sites: SiteTable, base: BaseFingerprint) -> Iterator[Callable[..., AdapterManager]]:
     """make_manager(**overrides): a started manager on the CPU; closed at the end of the test."""
-    managers: list[AdapterManager] = []
+    opened: list[AdapterManager | StateDir] = []
 
     def make(**overrides: object) -> AdapterManager:
+        if "state" not in overrides:
+            overrides["state"] = open_state_dir(None, tmp_path / "state", 2**24)
+            opened.append(overrides["state"])
         arguments: dict[str, object] = {
             "dtype": torch.float32,
             "device": torch.device("cpu"),
@@ -214,10 +218,10 @@ def make_manager(tmp_path: Path, sites: SiteTable, base: BaseFingerprint) -> Ite
         }
         (tmp_path / "adapters").mkdir(exist_ok=True)
         manager = AdapterManager(sites, base, **(arguments | overrides))  # type: ignore[arg-type]
-        managers.append(manager)
+        opened.append(manager)
         manager.start()
         return manager
 
     yield make
-    for manager in managers:
-        manager.close()
+    for thing in reversed(opened):
+        thing.close()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import random
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.engine.block_manager import BlockManager
 from lorikeet.server.engine.detokenizer import Detokenizer
 from lorikeet.server.engine.engine import Engine
+from lorikeet.server.engine.limits import AdapterLimits
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
 from lorikeet.server.engine.sampler import Sampler
 from lorikeet.server.engine.sampling_params import SamplingParams
@@ -280,8 +282,11 @@ class World:
         prefix_cache: bool = True,
         watermark: float = 0.0,
         starvation_bound_s: float = 10.0,
+        max_wait_s: float = 30.0,
+        limits: Mapping[str, AdapterLimits] | None = None,
         clock: Clock | None = None,
     ) -> None:
+        self.limits = dict(limits or {})  # by adapter id; whoever changes it calls `engine.limits_changed`
         self.clock = clock or Clock()
         self.adapters = FakeAdapters(num_slots, load_steps=load_steps, seed=seed)
         self.blocks = BlockManager(num_blocks, block_size, prefix_cache=prefix_cache)
@@ -290,7 +295,9 @@ class World:
             self.adapters,
             max_running=max_running,
             token_budget=token_budget,
+            limits_of=lambda adapter_id: self.limits.get(adapter_id, AdapterLimits()),
             starvation_bound_s=starvation_bound_s,
+            max_wait_s=max_wait_s,
             watermark=watermark,
             max_adapter_tries=4,
         )

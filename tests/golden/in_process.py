@@ -33,6 +33,7 @@ def serving(model: Path, adapters: Path | None = None, **settings: Any) -> Itera
     finally:
         app.engine.stop()
         app.manager.close()
+        app.state.close()
 
 
 @dataclass

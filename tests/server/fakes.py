@@ -1,21 +1,33 @@
-"""Stand-ins for what the services sit on, and a client and server in one process."""
+"""Stand-ins for what the services sit on, and a client and server in one process. The manager: fake_manager.py."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
+import pytest
+import structlog
 from lorikeet.adapters.errors import AdapterNotFoundError, ServingError
+from lorikeet.adapters.reference import parse_reference
 from lorikeet.adapters.version import AdapterVersion
+from lorikeet.protos.v1 import adapters_pb2
+from lorikeet.protos.v1.adapters_pb2_grpc import AdapterServiceStub
 from lorikeet.protos.v1.generation_pb2_grpc import GenerationServiceStub, add_GenerationServiceServicer_to_server
+from lorikeet.server.access import Access
+from lorikeet.server.adapter_service import AdapterService
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, FinishReason, Request
-from lorikeet.server.errors import CancelledError
+from lorikeet.server.errors import CancelledError, ClientNotAllowedError
 from lorikeet.server.event_stream import EventBridge
 from lorikeet.server.generation_service import GenerationService
-from lorikeet.server.interceptors import ErrorInterceptor
+from lorikeet.server.grpc_server import GrpcServer
+from lorikeet.server.interceptors import ErrorInterceptor, current_request_id
 from lorikeet.server.prompts import PromptEncoder
+from lorikeet.server.status import RemoteError, remote_error
+
+from .fake_manager import FakeManager
 
 VOCAB_SIZE = 100
 MAX_CONTEXT = 64
@@ -80,18 +92,51 @@ class FakeEngine:
 
 @dataclass
 class FakeAdapters:
-    """Knows one adapter, `kjv`."""
+    """Knows one adapter, `kjv`, and its alias `prod`."""
 
     pins: int = 0
+    fail: ServingError | None = None
+    resolved: list[tuple[str, str]] = field(default_factory=list)
 
-    def resolve(self, adapter_id: str) -> AdapterVersion:
-        if adapter_id != "kjv":
-            raise AdapterNotFoundError(f"There is no adapter {adapter_id!r}.", {"adapter_id": adapter_id})
+    def resolve(self, reference: str, routing_key: str) -> AdapterVersion:
+        if self.fail is not None:
+            raise self.fail
+        name = parse_reference(reference).name
+        if name not in ("kjv", "prod"):
+            raise AdapterNotFoundError(f"There is no adapter {name!r}.", {"adapter_id": name})
+        self.resolved.append((reference, routing_key))
         self.pins += 1
         return AdapterVersion("kjv", "d1" * 32)
 
     def release(self, version: AdapterVersion) -> None:
         self.pins -= 1
+
+
+@dataclass
+class OnlyAccess:
+    """Allows these names; writes down what it was asked, and during which call."""
+
+    uses: Sequence[str] = ()
+    manages: Sequence[str] = ()
+    sees: Sequence[str] = ()
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    request_ids: set[str] = field(default_factory=set)
+
+    def may_use(self, name: str) -> None:
+        self._decide("use", name, self.uses)
+
+    def may_manage(self, name: str) -> None:
+        self._decide("manage", name, self.manages)
+
+    def may_see(self, name: str) -> bool:
+        self.request_ids.add(current_request_id.get())
+        return name in self.sees
+
+    def _decide(self, what: str, name: str, names: Sequence[str]) -> None:
+        self.asked.append((what, name))
+        self.request_ids.add(current_request_id.get())
+        if name not in names:
+            raise ClientNotAllowedError(f"This client may not {what} {name!r}.")
 
 
 @dataclass
@@ -105,15 +150,15 @@ class Loopback:
 
 
 @asynccontextmanager
-async def loopback(engine: FakeEngine | None = None) -> AsyncIterator[Loopback]:
-    """Serve on a free port of this process."""
+async def loopback(engine: FakeEngine | None = None, access: Access | None = None) -> AsyncIterator[Loopback]:
+    """Serve generation alone on a free port of this process."""
     engine = engine or FakeEngine()
     adapters = FakeAdapters()
     calls: list[tuple[str, str, str]] = []
     prompts = PromptEncoder(FakeTokenizer(), VOCAB_SIZE)
     bridge = EventBridge(asyncio.get_running_loop())
     server = grpc.aio.server(interceptors=[ErrorInterceptor(lambda *call: calls.append(call))])
-    service = GenerationService(engine, adapters, prompts, bridge, MAX_CONTEXT)
+    service = GenerationService(engine, adapters, prompts, bridge, MAX_CONTEXT, access)
     add_GenerationServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -123,3 +168,68 @@ async def loopback(engine: FakeEngine | None = None) -> AsyncIterator[Loopback]:
     finally:
         await server.stop(1)
         prompts.close()
+
+
+@asynccontextmanager
+async def serve(
+    manager: FakeManager | None = None,
+    engine: FakeEngine | None = None,
+    access: Access | None = None,
+    options: Sequence[tuple[str, int]] | None = None,
+) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel, int]]:
+    """A whole server on a free port of this process, and a channel with these options to it."""
+    prompts = PromptEncoder(FakeTokenizer(), VOCAB_SIZE)
+    bridge = EventBridge(asyncio.get_running_loop())
+    generation = GenerationService(engine or FakeEngine(), FakeAdapters(), prompts, bridge, MAX_CONTEXT, access)
+    adapters = AdapterService(manager or FakeManager(), access)
+    server = GrpcServer(2**20, lambda *call: None)
+    port = await server.start("127.0.0.1", 0, generation, adapters)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            yield server, channel, port
+    finally:
+        await server.stop(1)
+        adapters.close()
+        prompts.close()
+
+
+@contextmanager
+def serve_on_thread(**parts: Any) -> Iterator[str]:
+    """The same on a thread of its own, for clients that block: the address."""
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    stop = asyncio.Event()
+    addresses = []
+
+    async def run() -> None:
+        async with serve(**parts) as (_, _, port):
+            addresses.append(f"127.0.0.1:{port}")
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    with structlog.testing.capture_logs():  # by default they go to standard output, where the commands print
+        thread.start()
+        try:
+            assert started.wait(10)
+            yield addresses[0]
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
+    loop.close()
+
+
+async def call(
+    channel: grpc.aio.Channel, method: str, deadline_s: float | None = None, request_id: str = "", **fields: Any
+) -> Any:
+    """Call a method of AdapterService with these fields of its request."""
+    request = getattr(adapters_pb2, f"{method}Request")(**fields)
+    metadata = (("x-request-id", request_id),) if request_id else ()
+    return await getattr(AdapterServiceStub(channel), method)(request, timeout=deadline_s, metadata=metadata)
+
+
+async def error_of(call: Awaitable[object]) -> RemoteError:
+    """What a call that must fail answers."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return remote_error(caught.value)

@@ -1,20 +1,20 @@
-"""The Python client and the client commands against a server with fakes below, on a thread of its own."""
+"""The Python client against a server with fakes below, on a thread of its own."""
 
-import asyncio
-import json
-import shlex
-import threading
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
-import structlog
+from lorikeet.adapters.info import LoadOptions, Tier
+from lorikeet.protos.v1 import adapters_pb2
 from lorikeet.protos.v1 import generation_pb2 as pb
-from lorikeet.server import cli
+from lorikeet.server.adapter_service import MAX_WAIT_S
 from lorikeet.server.client import GenerateOptions, LorikeetClient, generate_request
-from lorikeet.server.engine.sampling_params import SamplingParams
+from lorikeet.server.client import LoadOptions as ClientLoadOptions
 from lorikeet.server.status import RemoteError
 
-from .fakes import FakeEngine
-from .test_grpc_server import KJV, FakeManager, serve
+from .fake_manager import KJV, OLD_KJV, FakeManager
+from .fakes import FakeEngine, serve_on_thread
 
 
 @pytest.fixture
@@ -23,27 +23,15 @@ def engine():
 
 
 @pytest.fixture
-def address(engine):
+def manager():
+    return FakeManager()
+
+
+@pytest.fixture
+def address(engine, manager):
     """Address of a server that runs as long as the test."""
-    loop = asyncio.new_event_loop()
-    started = threading.Event()
-    stop = asyncio.Event()
-    addresses = []
-
-    async def run():
-        async with serve(FakeManager(KJV), engine) as (_, _, port):
-            addresses.append(f"127.0.0.1:{port}")
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
-    with structlog.testing.capture_logs():  # by default they go to standard output, where the commands print
-        thread.start()
-        assert started.wait(10)
-        yield addresses[0]
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-    loop.close()
+    with serve_on_thread(manager=manager, engine=engine) as address:
+        yield address
 
 
 @pytest.fixture
@@ -58,13 +46,20 @@ def test_options_are_the_fields_of_a_request():
     assert options == {*pb.GenerateRequest.DESCRIPTOR.fields_by_name} - {"sampling", "stopping"} | nested
 
 
+def test_options_of_a_load_are_the_fields_of_its_request():
+    fields = set(adapters_pb2.LoadAdapterRequest.DESCRIPTOR.fields_by_name)
+    assert ClientLoadOptions.__annotations__.keys() == fields - {"adapter_id", "path", "dry_run"}
+
+
 def test_request_has_the_options_in_their_places():
     request = generate_request(
-        messages=[("user", "hi")], adapter_id="kjv", max_tokens=5, temperature=0, seed=1, stop=["END"], ignore_eos=True
-    )
+        messages=[("user", "hi")], adapter_id="kjv", max_tokens=5, temperature=0, seed=1, stop=["END"], ignore_eos=True,
+        routing_key="user-7",
+    )  # fmt: skip
     assert request == pb.GenerateRequest(
         messages=[pb.Message(role="user", content="hi")],
         adapter_id="kjv",
+        routing_key="user-7",
         max_tokens=5,
         sampling=pb.Sampling(temperature=0, seed=1),
         stopping=pb.Stopping(stop=["END"], ignore_eos=True),
@@ -87,13 +82,127 @@ def test_leaving_a_stream_cancels_it(client, engine):
     assert engine.on_abort.wait(10)
 
 
-def test_adapters_and_health(client):
+class Recorder(grpc.GenericRpcHandler):
+    """Answers every call with an empty message; notes its method and who called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def service(self, details):
+        name = dict(details.invocation_metadata).get("x-lorikeet-client")
+        self.calls.append((details.method.rpartition("/")[2], name))
+        if details.method.endswith("Stream"):
+            return grpc.unary_stream_rpc_method_handler(lambda request, context: iter([b""]))
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+
+
+@pytest.fixture
+def recorder():
+    recorder = Recorder()
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[recorder])
+    recorder.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield recorder
+    server.stop(0).wait()
+
+
+@pytest.mark.parametrize("name", ["team-a", ""])
+def test_every_rpc_has_a_method_that_says_who_calls(recorder, name):
+    with LorikeetClient(recorder.address, timeout_s=10, client_name=name) as client:
+        client.generate(prompt="x")
+        list(client.stream(prompt="x"))
+        client.is_serving()
+        client.load_adapter("a")
+        client.unload_adapter("a")
+        client.rollback_adapter("a")
+        client.get_adapter("a")
+        client.list_adapters()
+        client.prefetch_adapter("a")
+        client.pin_adapter("a")
+        client.unpin_adapter("a")
+        client.set_alias("a", "b")
+        client.delete_alias("a")
+        client.list_aliases()
+    services = [adapters_pb2.DESCRIPTOR.services_by_name, pb.DESCRIPTOR.services_by_name]
+    methods = {method.name for found in services for service in found.values() for method in service.methods}
+    assert {method for method, _ in recorder.calls} == {*methods, "Check"}
+    assert {client for _, client in recorder.calls} == {name or None}
+
+
+def test_load_and_plan(client, manager):
     assert client.load_adapter("new").adapter_id == "new"
-    assert client.get_adapter("kjv").max_rank == 8
-    assert [adapter.adapter_id for adapter in client.list_adapters()] == ["kjv"]
+    response = client.plan_load("new", source="s3://b/x", expected_version="a" * 64, allow_zero=True)
+    assert response.plan.fits_device
+    assert response.adapter.adapter_id == "new"
+    client.load_adapter("new", "folder", allow_other_base=True)
+    assert [call[0] for call in manager.calls] == ["load", "plan_load", "load"]
+    assert manager.calls[1][2:] == ("s3://b/x", LoadOptions(allow_zero=True, expected_digest="a" * 64))
+    assert str(manager.calls[2][2]) == "folder"
+    assert manager.calls[2][3] == LoadOptions(allow_other_base=True)
+
+
+def test_look_at_adapters(client):
+    assert client.get_adapter("kjv@0000").version == OLD_KJV.digest
+    assert [version.version for version in client.describe_adapter("kjv").versions] == [KJV.digest, OLD_KJV.digest]
+    assert [adapter.version for adapter in client.list_adapters()] == [KJV.digest, OLD_KJV.digest]
     client.unload_adapter("kjv")
     assert client.list_adapters() == []
+
+
+def test_list_fetches_every_page(client, manager):
+    manager.infos = [dataclasses.replace(KJV, adapter_id=f"a{number:03}") for number in range(250)]
+    assert [adapter.adapter_id for adapter in client.list_adapters()] == [f"a{number:03}" for number in range(250)]
+    assert [call[0] for call in manager.calls] == ["list"] * 3
+
+
+def test_rollback(client, manager):
+    assert client.rollback_adapter("kjv").version == OLD_KJV.digest
+    client.rollback_adapter("kjv", "0000")
+    assert manager.calls == [("rollback", "kjv", ""), ("rollback", "kjv", "0000")]
+
+
+def test_tiers(client, manager):
+    assert client.prefetch_adapter("kjv@dddd").tier == adapters_pb2.ADAPTER_TIER_DEVICE
+    assert client.pin_adapter("kjv", "host").pinned_tier == adapters_pb2.ADAPTER_TIER_HOST
+    assert client.unpin_adapter("kjv").pinned_tier == adapters_pb2.ADAPTER_TIER_UNSPECIFIED
+    assert [call[:3] for call in manager.calls] == [
+        ("prefetch", "kjv@dddd", Tier.DEVICE),
+        ("pin", "kjv", Tier.HOST),
+        ("unpin", "kjv"),
+    ]
+    assert manager.calls[0][3] < 10 < MAX_WAIT_S
+
+
+def test_aliases(client, manager):
+    alias = client.set_alias("prod", "kjv")
+    assert [(target.version, target.weight) for target in alias.targets] == [(KJV.digest, 1.0)]
+    client.set_alias("prod", {"kjv@dddd": 9, "kjv@0000": 1})
+    client.set_alias("other", [("kjv", 2.5)])
+    assert [alias.name for alias in client.list_aliases()] == ["other", "prod"]
+    assert [target.weight for target in client.list_aliases()[1].targets] == [9, 1]
+    client.delete_alias("other")
+    assert [alias.name for alias in client.list_aliases()] == ["prod"]
+
+
+def test_target_given_twice_is_refused_and_not_dropped_in_silence(client):
+    with pytest.raises(RemoteError, match="name each version once"):
+        client.set_alias("prod", [("kjv", 1), ("kjv", 2)])
+
+
+def test_weight_0_does_not_become_1(client, manager):
+    with pytest.raises(ValueError, match="leave a target out"):
+        client.set_alias("prod", {"kjv@dddd": 1, "kjv@0000": 0})
+    assert manager.calls == []
+
+
+def test_health(client):
     assert client.is_serving()
+
+
+@pytest.mark.parametrize("name", ["a b", "käse", "x" * 129, "a\n"])
+def test_name_that_metadata_cannot_carry_is_refused(name):
+    with pytest.raises(ValueError, match="no client name"):
+        LorikeetClient(client_name=name)
 
 
 def test_errors_are_typed(client):
@@ -102,77 +211,3 @@ def test_errors_are_typed(client):
     assert (caught.value.code, caught.value.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
     with pytest.raises(RemoteError, match="temperature is -1"):
         list(client.stream(prompt="x", temperature=-1))
-
-
-def test_command_generate_prints_the_text(address, capsys):
-    assert cli.run(["generate", "--address", address, "--adapter", "kjv", "--stats", "In the beginning"]) == 0
-    output = capsys.readouterr()
-    assert output.out == "Hello world\n"
-    assert output.err.startswith("kjv @ d1d1d1d1d1d1: 3 prompt tokens (1 cached), 2 generated in ")
-
-
-def test_command_generate_passes_every_option(address, engine, capsys):
-    arguments = shlex.split(
-        "--max-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.25 --min-p 0.125 --repetition-penalty 1.5 "
-        "--presence-penalty -0.5 --frequency-penalty 0.75 --seed 7 --stop a --stop b --stop-token-ids 5 6 "
-        "--include-stop --ignore-eos --min-tokens 2"
-    )
-    assert cli.run(["generate", "--address", address, "x", *arguments]) == 0
-    assert engine.submitted[0].params == SamplingParams(
-        temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-0.5,
-        frequency_penalty=0.75, seed=7, max_tokens=9, min_tokens=2, stop=("a", "b"), stop_token_ids=(5, 6),
-        include_stop=True, ignore_eos=True,
-    )  # fmt: skip
-    assert capsys.readouterr().out == "Hello world\n"
-
-
-def test_command_generate_reads_standard_input(address, engine, monkeypatch):
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab"))
-    assert cli.run(["generate", "--address", address]) == 0
-    assert engine.submitted[0].prompt_token_ids == [1, ord("a"), ord("b")]
-
-
-def test_command_generate_chat(address, engine):
-    assert cli.run(["generate", "--address", address, "--system", "S", "U"]) == 0
-    assert engine.submitted[0].prompt_token_ids == [ord(c) % 100 for c in "s:S|u:U|"]
-
-
-def test_command_generate_json(address, capsys):
-    assert cli.run(["generate", "--address", address, "--json", "x"]) == 0
-    response = json.loads(capsys.readouterr().out)
-    assert (response["text"], response["token_ids"], response["finish_reason"]) == (
-        "Hello world",
-        [0, 1],
-        "FINISH_REASON_STOP",
-    )
-
-
-def test_command_adapters(address, capsys):
-    assert cli.run(["adapters", "list", "--address", address]) == 0
-    header, row = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert header[:3] == ["ADAPTER", "STATE", "TIER"]
-    assert row[:4] == ["kjv", "ready", "device", "8"]
-    assert cli.run(["adapters", "list", "--json", "--address", address]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["adapter_id"] == "kjv"
-    assert cli.run(["adapters", "get", "--address", address, "kjv"]) == 0
-    text = capsys.readouterr().out
-    assert "method     rsLoRA" in text
-    assert "q_proj" in text
-    assert cli.run(["adapters", "load", "--address", address, "new"]) == 0
-    assert cli.run(["adapters", "unload", "--address", address, "kjv"]) == 0
-    capsys.readouterr()
-    assert cli.run(["adapters", "list", "--address", address]) == 0
-    assert capsys.readouterr().out == "no adapters\n"
-
-
-def test_command_health(address, capsys):
-    assert cli.run(["health", "--address", address]) == 0
-    assert capsys.readouterr().out == "SERVING\n"
-
-
-def test_server_errors_are_one_line_and_status_1(address, capsys):
-    assert cli.run(["generate", "--address", address, "--adapter", "nope", "x"]) == 1
-    output = capsys.readouterr()
-    assert output.err == "lorikeet: NOT_FOUND (ADAPTER_NOT_FOUND): There is no adapter 'nope'.\n"

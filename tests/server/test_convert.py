@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from lorikeet.adapters.errors import AdapterIdError
+from lorikeet.adapters.errors import AdapterDigestError, AdapterIdError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server import convert
@@ -48,6 +48,9 @@ def request(**fields):
         ({"prompt": "x", "messages": [pb.Message(role="user", content="x")]}, "messages"),
         ({"prompt": "", "token_ids": [1]}, "token_ids"),
         ({"messages": [pb.Message(content="x")]}, "messages[0].role"),
+        ({"routing_key": "x" * 257}, "routing_key"),
+        ({"routing_key": "a\nb"}, "routing_key"),
+        ({"routing_key": "a\0"}, "routing_key"),
     ],
     ids=str,
 )
@@ -63,17 +66,34 @@ def test_request_without_prompt_is_refused():
         convert.parse_generation(pb.GenerateRequest())
 
 
-@pytest.mark.parametrize("adapter_id", ["../kjv", "a/b", ".hidden", "-x", "x" * 129, "käse", "a b", "a\n"])
+@pytest.mark.parametrize(
+    "adapter_id", ["../kjv", "a/b", ".hidden", "-x", "x" * 129, "käse", "a b", "a\n", "@abcd", "a/b@abcd"]
+)
 def test_malformed_adapter_id_is_refused(adapter_id):
-    with pytest.raises(AdapterIdError):
+    with pytest.raises(AdapterIdError) as caught:
         convert.parse_generation(request(adapter_id=adapter_id))
+    assert caught.value.metadata["field"] == "adapter_id"
+
+
+@pytest.mark.parametrize("prefix", ["", "abc", "wxyz", "a" * 65, "abcd@abcd"])
+def test_malformed_digest_prefix_is_refused(prefix):
+    with pytest.raises(AdapterDigestError) as caught:
+        convert.parse_generation(request(adapter_id=f"kjv@{prefix}"))
+    assert caught.value.metadata["field"] == "adapter_id"
+
+
+def test_reference_is_taken_apart_and_kept():
+    parsed = convert.parse_generation(request(adapter_id="kjv@ABCD", routing_key="Käthe 7"))
+    assert (parsed.reference, parsed.name, parsed.routing_key) == ("kjv@ABCD", "kjv", "Käthe 7")
+    parsed = convert.parse_generation(request(routing_key="x" * 256))
+    assert (parsed.reference, parsed.name, len(parsed.routing_key)) == ("", "", 256)
 
 
 def test_unset_fields_get_the_defaults_of_sampling_params():
     parsed = convert.parse_generation(pb.GenerateRequest(prompt="x"))
     assert parsed.params == SamplingParams(max_tokens=convert.DEFAULT_MAX_TOKENS)
     assert parsed.max_tokens is None
-    assert parsed.adapter_id == ""
+    assert (parsed.reference, parsed.name, parsed.routing_key) == ("", "", "")
 
 
 def test_zero_is_not_unset():

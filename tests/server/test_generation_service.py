@@ -5,6 +5,8 @@ import threading
 
 import grpc
 import pytest
+import structlog
+from lorikeet.adapters.errors import AdapterDigestError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server.engine.request import Delta, Failed
@@ -61,6 +63,35 @@ async def test_engine_gets_the_checked_request():
     assert server.engine.aborted == []
 
 
+@pytest.mark.parametrize("reference", ["kjv", "prod", "kjv@D1D1"])
+@pytest.mark.parametrize("routing_key", ["", "user-7"])
+async def test_reference_and_routing_key_decide_which_version_answers(reference, routing_key):
+    async with loopback() as server:
+        request = pb.GenerateRequest(prompt="ab", adapter_id=reference, routing_key=routing_key)
+        response = await server.stub.Generate(request)
+        stream = [message async for message in server.stub.GenerateStream(request)]
+    # An empty key stays empty: the request id must not decide, or clients that reuse one would get one target only.
+    assert server.adapters.resolved == [(reference, routing_key)] * 2
+    assert response.adapter == stream[0].started.adapter == pb.AdapterVersion(adapter_id="kjv", version="d1" * 32)
+
+
+async def test_ambiguous_digest_is_blamed_on_the_field():
+    async with loopback() as server:
+        server.adapters.fail = AdapterDigestError("kjv@d1d1 fits several versions.")
+        error = await error_of(server.stub.Generate(pb.GenerateRequest(prompt="x", adapter_id="kjv@d1d1")))
+    assert (error.code, error.reason) == ("INVALID_ARGUMENT", "ADAPTER_DIGEST_INVALID")
+    assert error.metadata["field"] == "adapter_id"
+
+
+async def test_log_line_says_what_was_asked_and_what_answered():
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+        async with loopback() as server:
+            await server.stub.Generate(pb.GenerateRequest(prompt="x", adapter_id="prod"))
+            await error_of(server.stub.Generate(pb.GenerateRequest(prompt="x", adapter_id="x" * 100_000)))
+    assert (logs[0]["reference"], logs[0]["adapter"], logs[0]["version"]) == ("prod", "kjv", "d1" * 6)
+    assert len(logs[1]["adapter"]) < 200
+
+
 async def test_no_deadline_is_none():
     async with loopback() as server:
         await server.stub.Generate(pb.GenerateRequest(prompt="ab"))
@@ -88,6 +119,8 @@ async def test_template_refusal_does_not_leak_its_words():
     [
         ({"prompt": "x", "adapter_id": "nope"}, "NOT_FOUND", "ADAPTER_NOT_FOUND", "nope"),
         ({"prompt": "x", "adapter_id": "../kjv"}, "INVALID_ARGUMENT", "ADAPTER_ID_INVALID", "../kjv"),
+        ({"prompt": "x", "adapter_id": "kjv@abc"}, "INVALID_ARGUMENT", "ADAPTER_DIGEST_INVALID", "4 to 64 hex digits"),
+        ({"prompt": "x", "routing_key": "x" * 257}, "INVALID_ARGUMENT", "BAD_REQUEST", "routing_key has 257"),
         ({"prompt": "x", "token_ids": [1]}, "INVALID_ARGUMENT", "BAD_REQUEST", "exactly one"),
         (
             {"prompt": "x", "sampling": pb.Sampling(temperature=-1)},

@@ -25,12 +25,23 @@ def metrics(registry):
     return ServerMetrics(registry, max_adapter_labels=2)
 
 
-def adapter(adapter_id, tier, state=AdapterState.READY):
+def adapter(adapter_id, tier, state=AdapterState.READY, **fields):
     return AdapterInfo(
         adapter_id=adapter_id, digest="d", state=state, tier=tier, bytes=10, max_rank=8,
         slices={"q_proj": Scaling(8, 2.0)}, in_flight=0, error=None, warning=None, loaded_at=0.0,
-        source=adapter_id, method="LoRA",
+        source=adapter_id, method="LoRA", **fields,
     )  # fmt: skip
+
+
+def stats(*adapters):
+    sizes = {Tier.HOST: 0, Tier.DEVICE: 0}
+    return AdapterStats(adapters=adapters, bytes_used=sizes, bytes_budget=sizes, wanted=0)
+
+
+IDLE = EngineStats(
+    state=EngineState.SERVING, running=0, waiting=0,
+    blocks=BlockStats(total=0, used=0, cached=0, free=0, queried_tokens=0, hit_tokens=0),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -150,6 +161,38 @@ def test_state_is_read_at_the_scrape(registry):
     assert value("vllm:num_gpu_loaded_lora_adapters") == 2
     assert value("vllm:num_cpu_loaded_lora_adapters") == 1
     assert value("vllm:max_gpu_lora_adapters") == 16
+
+
+def test_pinned_adapters_and_aliases_are_counted(registry):
+    picture = stats(
+        adapter("devil", Tier.DEVICE, pinned=Tier.DEVICE, aliases=("prod",)),
+        adapter("jargon", Tier.DEVICE, pinned=Tier.HOST),
+        adapter("kjv", Tier.HOST, pinned=Tier.HOST, aliases=("prod", "staging")),
+        adapter("kjv", Tier.DISK, AdapterState.STORED, aliases=("old",)),
+        adapter("late", Tier.DISK, AdapterState.LOADING, pinned=Tier.DEVICE),
+    )
+    registry.register(StateCollector(lambda: IDLE, lambda: picture, 16))
+    value = registry.get_sample_value
+    assert [value("lorikeet_adapters_pinned", {"tier": tier}) for tier in ("host", "device")] == [2, 2]
+    assert value("lorikeet_adapter_aliases") == 3
+
+    def loaded(name, level, pinned):
+        labels = {"adapter_name": name, "level": level, "pinned": pinned, "rank": "8"}
+        return value("vllm:lora_adapter_loaded", labels)
+
+    # Gateways read it as "stays at this level": one that is kept in host memory may leave the device.
+    assert loaded("devil", "gpu", "true") == loaded("jargon", "gpu", "false") == loaded("kjv", "cpu", "true") == 1
+    assert loaded("jargon", "gpu", "true") is loaded("late", "gpu", "true") is None
+
+
+def test_two_ready_versions_of_an_adapter_make_no_sample_twice(registry):
+    """An alias keeps an older version ready; Prometheus refuses a whole scrape in which one sample comes twice."""
+    picture = stats(adapter("kjv", Tier.DEVICE), adapter("kjv", Tier.DEVICE), adapter("kjv", Tier.HOST))
+    registry.register(StateCollector(lambda: IDLE, lambda: picture, 16))
+    text = generate_latest(registry).decode()
+    samples = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert registry.get_sample_value("vllm:num_gpu_loaded_lora_adapters") == 2
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"])

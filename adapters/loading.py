@@ -1,0 +1,325 @@
+"""From a source to a published version: fetch, read, check, prove, keep, publish. On disk threads of low priority."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import structlog
+
+from .background import lower_priority
+from .core import ManagerCore
+from .errors import AdapterNoVersionError, AdapterUnloadedError, ServingError
+from .info import AdapterInfo, LoadOptions, LoadPlan
+from .origin import Origin
+from .planning import make_plan
+from .publishing import Intent, OverruledError, check_is_no_alias, publish
+from .reader import AdapterReader, LoadedAdapter
+from .record import Record
+from .sources.fetch import Fetcher
+from .sources.locate import LocalSource, RemoteSource, SourcePolicy, locate
+from .version import AdapterVersion
+
+# Adapters read from disk at a time. Reading is bound by the disk and by one core a thread for hashing. Those that
+# requests wait for have threads of their own, so that a folder full of new adapters does not delay them.
+LOAD_THREADS: Final = 4
+REREAD_THREADS: Final = 2
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSource:
+    """The files of a version that the version store keeps."""
+
+    digest: str
+
+
+Source = LocalSource | RemoteSource | StoredSource
+
+
+class _Job(NamedTuple):
+    adapter_id: str
+    source: Source
+    ticket: int
+    intent: Intent
+
+
+class AdapterLoads:
+    """Loads under way. Thread-safe.
+
+    Args:
+        core: registry, locks and state.
+        reader: reads and packs.
+        sources: where adapters may come from.
+        fetcher: brings remote ones here.
+        on_failed: called when a version that requests wait for cannot come.
+    """
+
+    def __init__(
+        self,
+        core: ManagerCore,
+        reader: AdapterReader,
+        sources: SourcePolicy,
+        fetcher: Fetcher,
+        on_failed: Callable[[], None],
+    ) -> None:
+        self._core = core
+        self._on_failed = on_failed
+        self._reader = reader
+        self._sources = sources
+        self._fetcher = fetcher
+        self._pool = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="adapter-load", initializer=lower_priority)
+        self._reread_pool = ThreadPoolExecutor(
+            REREAD_THREADS, thread_name_prefix="adapter-reread", initializer=lower_priority
+        )
+
+    def close(self) -> None:
+        """End the threads; loads that have not begun fail, downloads are broken off."""
+        self._fetcher.close()
+        self._reread_pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def start(
+        self, adapter_id: str, source: str | Path | None, options: LoadOptions, *, by_call: bool
+    ) -> Future[AdapterInfo]:
+        """Begin to load an id and to make what is found current. The id and the source are checked at once.
+
+        Raises:
+            AdapterIdError, AdapterSourceError, AdapterNotFoundError, AdapterExistsError: it is not even tried.
+        """
+        located = locate(self._sources, adapter_id, source)
+        text = str(source) if by_call and source is not None else ""
+        return self.start_from(
+            adapter_id, located, Intent(by_call, self._is_folder(adapter_id, located), text, options)
+        )
+
+    def start_from(self, adapter_id: str, source: Source, intent: Intent) -> Future[AdapterInfo]:
+        """Begin to load an id from a located source."""
+        with self._core.changed:
+            check_is_no_alias(self._core, adapter_id)
+            ticket = self._core.registry.begin_load(adapter_id)
+        try:
+            return self._pool.submit(self._load, _Job(adapter_id, source, ticket, intent))
+        except RuntimeError:  # the pool was shut down
+            self._core.fail_load(adapter_id, ticket, shutting_down())
+            raise shutting_down() from None
+
+    def plan(self, adapter_id: str, source: str | Path | None, options: LoadOptions) -> LoadPlan:
+        """Read and check an adapter, and find out what loading it would do.
+
+        Raises:
+            ServingError: as loading it would.
+        """
+        located = locate(self._sources, adapter_id, source)
+        with self._core.changed:
+            check_is_no_alias(self._core, adapter_id)
+        return make_plan(self._core, adapter_id, self._on_disk_thread(self._open_and_read, adapter_id, located, options))
+
+    def hold_stored(self, adapter_id: str, digest: str) -> Record:
+        """Have a version of an id in the registry, without making it current, for whoever will name it.
+
+        The caller ends with `registry.drop_candidate`.
+
+        Raises:
+            AdapterNoVersionError: it is neither in memory nor in the version store.
+        """
+        record = self._hold_live(adapter_id, digest)
+        if record is not None:
+            return record
+        loaded = self._on_disk_thread(self._open_and_read, adapter_id, StoredSource(digest), _trusting(digest))
+        return self._add_candidate(adapter_id, loaded, is_stored=True)
+
+    def keep(self, record: Record) -> None:
+        """Have the files of a held version in the version store, so that an alias can rely on them after a restart.
+
+        Raises:
+            AdapterMemoryError: the store has no room.
+            ServingError: they cannot be read any more.
+        """
+        store = self._core.state.store
+        if store.get(record.version.digest) is None:
+            loaded = self._on_disk_thread(self._read_kept, record.version)
+            self._core.keep_files(loaded.digest, loaded.files, must=True)
+        with self._core.changed:
+            record.is_stored = True
+
+    def read_again(self, version: AdapterVersion) -> None:
+        """Bring back, on another thread, a host copy that was evicted; its memory is already claimed."""
+        self._reread_pool.submit(self._read_again, version)
+
+    def _on_disk_thread(self, read: Callable[..., LoadedAdapter], *args: object) -> LoadedAdapter:
+        """Read, and wait for it."""
+        try:
+            future = self._pool.submit(read, *args)
+        except RuntimeError:  # the pool was shut down
+            raise shutting_down() from None
+        try:
+            return future.result()
+        except CancelledError:
+            raise shutting_down() from None
+
+    def _is_folder(self, adapter_id: str, source: Source) -> bool:
+        """Whether that is the folder that is watched under this id."""
+        return isinstance(source, LocalSource) and any(
+            source.directory == (root / adapter_id).resolve() for root in self._sources.roots
+        )
+
+    # On the disk threads.
+
+    def _load(self, job: _Job) -> AdapterInfo:
+        started = time.monotonic()
+        outcome = "ok"
+        try:
+            with self._prepared(job) as (record, origin):
+                return publish(self._core, record, origin, job.ticket, job.intent)
+        except OverruledError as error:
+            outcome = error.reason
+            raise
+        except ServingError as error:
+            outcome = error.reason
+            self._core.fail_load(job.adapter_id, job.ticket, error)
+            _log.warning("adapter_load_failed", adapter=job.adapter_id, reason=error.reason, message=error.message)
+            raise
+        except Exception:
+            # A bug of ours: without this the id would stay "loading" for ever.
+            _log.exception("adapter_load_failed", adapter=job.adapter_id)
+            failure = ServingError(f"Adapter {job.adapter_id!r} could not be loaded; the server's log has the details.")
+            outcome = failure.reason
+            self._core.fail_load(job.adapter_id, job.ticket, failure)
+            raise failure from None
+        finally:
+            self._core.observer.on_load(job.adapter_id, outcome, time.monotonic() - started)
+            self._core.report_evictions()
+
+    @contextlib.contextmanager
+    def _prepared(self, job: _Job) -> Iterator[tuple[Record, Origin]]:
+        """A version that is read, checked, kept and proven, held in the registry meanwhile; and where it came from."""
+        if isinstance(job.source, StoredSource):
+            known = self._hold_live(job.adapter_id, job.source.digest)
+            if known is not None:
+                with self._dropping(known):
+                    if not known.is_current:
+                        self._kept(job.source.digest)  # in memory alone it would neither survive an eviction nor a restart
+                    yield known, known.origin
+                return
+        loaded = self._open_and_read(job.adapter_id, job.source, job.intent.options)
+        origin = loaded.origin
+        with self._core.storing(loaded.digest):
+            is_remote = isinstance(job.source, RemoteSource)
+            is_stored = self._core.keep_files(loaded.digest, loaded.files, must=is_remote)
+            if is_remote:
+                directory = self._core.state.store.get(loaded.digest)
+                assert directory is not None, "what must be stored is"
+                origin = replace(origin, directory=directory)
+            record = self._add_candidate(job.adapter_id, loaded, is_stored=is_stored)
+        with self._dropping(record):
+            if loaded.golden is not None and self._core.prover is not None and not record.proof:
+                record.proof = self._core.prover(record.version, loaded.golden)
+            yield record, origin
+
+    def _open_and_read(self, adapter_id: str, source: Source, options: LoadOptions) -> LoadedAdapter:
+        with self._opened(source) as (directory, roots, name):
+            return self._reader.read(adapter_id, directory, roots=roots, options=options, name=name)
+
+    @contextlib.contextmanager
+    def _opened(self, source: Source) -> Iterator[tuple[Path, Sequence[Path], str]]:
+        """A directory with the source's files, the roots that they must lie in, and what to call it."""
+        if isinstance(source, LocalSource):
+            yield source.directory, self._sources.roots, source.directory.name
+        elif isinstance(source, RemoteSource):
+            with self._fetcher.fetch(source) as directory:
+                yield directory, (directory,), source.uri
+        else:
+            kept = self._kept(source.digest)
+            yield kept, (kept,), f"version {source.digest[:12]}"
+
+    def _kept(self, digest: str) -> Path:
+        """Where the files of a version are in the version store."""
+        kept = self._core.state.store.get(digest)
+        if kept is None:
+            raise AdapterNoVersionError(
+                f"The files of version {digest[:12]} are not kept any more (--adapter-store-bytes is their budget); load "
+                "the adapter from where it is."
+            )
+        return kept
+
+    def _hold_live(self, adapter_id: str, digest: str) -> Record | None:
+        with self._core.changed:
+            record = self._core.registry.by_id.get(adapter_id, {}).get(digest)
+            if record is None:
+                return None
+            return self._core.registry.add_candidate(
+                record.version, record.origin, host_bytes=record.host_bytes, device_bytes=record.device_bytes
+            )
+
+    def _add_candidate(self, adapter_id: str, loaded: LoadedAdapter, *, is_stored: bool) -> Record:
+        with self._core.changed:
+            record = self._core.registry.add_candidate(
+                AdapterVersion(adapter_id, loaded.digest),
+                loaded.origin,
+                host_bytes=loaded.packed.nbytes,
+                device_bytes=self._core.device_store.extent_bytes(loaded.packed),
+            )
+            record.is_stored = is_stored
+            if self._core.registry.claim_host(record.version, urgent=False):
+                self._core.registry.fill_host(record.version, loaded.packed)
+            return record
+
+    @contextlib.contextmanager
+    def _dropping(self, record: Record) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._core.changed:
+                self._core.registry.drop_candidate(record, self._core.drain_until())
+                self._core.changed.notify_all()
+
+    def _read_again(self, version: AdapterVersion) -> None:
+        started = time.monotonic()
+        outcome = "ok"
+        try:
+            loaded = self._read_kept(version)
+        except ServingError as cause:
+            outcome = cause.reason
+            error = AdapterUnloadedError(
+                f"Adapter {version} had left memory and could not be read again. {cause.message}"
+            )
+            _log.warning(
+                "adapter_reread_failed", adapter=version.adapter_id, digest=version.digest, message=cause.message
+            )
+            with self._core.changed:
+                self._core.registry.abandon_host(version)
+                self._core.registry.fail_version(version, error)
+                self._core.changed.notify_all()
+        else:
+            with self._core.changed:
+                self._core.registry.fill_host(version, loaded.packed)
+                self._core.changed.notify_all()
+        self._core.observer.on_load(version.adapter_id, outcome, time.monotonic() - started)
+        self._core.report_evictions()
+        if outcome != "ok":
+            self._on_failed()
+
+    def _read_kept(self, version: AdapterVersion) -> LoadedAdapter:
+        """Read a version from the version store or, when it is not there, from its folder."""
+        directory = self._core.state.store.get(version.digest)
+        roots: Sequence[Path] = (self._core.state.path.resolve(),)
+        if directory is None:
+            roots = self._sources.roots
+            with self._core.changed:
+                directory = self._core.registry.records[version].origin.directory
+        return self._reader.read(version.adapter_id, directory, roots=roots, options=_trusting(version.digest))
+
+
+def _trusting(digest: str) -> LoadOptions:
+    """Options to read content again that was accepted before."""
+    return LoadOptions(allow_zero=True, allow_other_base=True, expected_digest=digest)
+
+
+def shutting_down() -> AdapterUnloadedError:
+    """The error of loads that come too late."""
+    return AdapterUnloadedError("The server is shutting down and loads no more adapters.")

@@ -1,0 +1,130 @@
+"""Making a loaded version current: on disk first, then for requests. One durable change at a time."""
+
+import dataclasses
+from typing import NamedTuple
+
+import structlog
+
+from .core import ManagerCore
+from .errors import AdapterExistsError, AdapterUnloadedError
+from .info import AdapterInfo, LoadOptions, Tier
+from .listing import find_info, record_info
+from .origin import Origin
+from .record import Record
+from .rules import check_room
+from .state.database import SavedAdapter
+
+_log = structlog.get_logger(__name__)
+
+
+class OverruledError(AdapterUnloadedError):
+    """A load's result is not wanted any more, and nothing else of the id is served. The load has ended."""
+
+
+class Intent(NamedTuple):
+    """Who asked for a load, and what is to be remembered of it.
+
+    Attributes:
+        by_call: a client asked; else the adapter's watched folder appeared or changed.
+        is_folder: it was read from the watched folder of its id.
+        source: as the caller gave it; empty: the folder of its id.
+        options: of the load.
+    """
+
+    by_call: bool
+    is_folder: bool
+    source: str
+    options: LoadOptions
+
+
+def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, intent: Intent) -> AdapterInfo:
+    """Make a version current that the caller holds.
+
+    A folder that a call has overruled (by a load from elsewhere, a rollback or an unload) is not published again until
+    its content changes: it is what the call was meant to replace.
+
+    Returns:
+        What requests for the id get now.
+
+    Raises:
+        OverruledError: the id was unloaded, or the folder overruled, and nothing of the id is served.
+        AdapterExistsError: the id is an alias.
+        AdapterMemoryError: pinned adapters leave no room for it.
+        AdapterStateError: the change cannot be written down; nothing has changed.
+    """
+    adapter_id, digest = record.version.adapter_id, record.version.digest
+    with core.admin:
+        saved = core.state.database.get(adapter_id)
+        with core.changed:
+            if core.registry.is_outdated(adapter_id, ticket) or _is_overruled(saved, digest, intent):
+                core.registry.end_load(adapter_id, ticket)
+                if adapter_id in core.registry.current:
+                    return find_info(core.registry, adapter_id)
+                raise OverruledError(f"Adapter {adapter_id!r} was unloaded while it was loaded, or before.")
+            check_is_no_alias(core, adapter_id)
+            pin = core.registry.pins.get(adapter_id)
+            check_room(core.registry, adapter_id, pin, host_bytes=record.host_bytes, device_bytes=record.device_bytes)
+            before = core.registry.current.get(adapter_id)
+        # Files are dropped only of versions that are not needed, and this one may just become one that is.
+        is_stored = before is not None and core.state.store.get(before.version.digest) is not None
+        core.state.database.save(_saved(saved, record, intent))
+        with core.changed:
+            if before is not None:
+                before.is_stored = is_stored
+        return _make_current(core, record, origin, ticket)
+
+
+def check_is_no_alias(core: ManagerCore, adapter_id: str) -> None:
+    """Raise AdapterExistsError if the name is an alias; called with the lock held."""
+    if adapter_id in core.registry.aliases:
+        raise AdapterExistsError(
+            f"{adapter_id!r} is an alias; an adapter cannot have the same name. Delete the alias, or take another id.",
+            {"alias": adapter_id},
+        )
+
+
+def _make_current(core: ManagerCore, record: Record, origin: Origin, ticket: int) -> AdapterInfo:
+    with core.changed:
+        current = core.registry.finish_load(
+            record.version,
+            ticket,
+            origin,
+            host_bytes=record.host_bytes,
+            device_bytes=record.device_bytes,
+            drain_until=core.drain_until(),
+        )
+        assert current is not None, "loads of an id end under the admin lock"
+        core.changed.notify_all()
+        info = record_info(current)
+    _log.info("adapter_loaded", adapter=info.adapter_id, digest=info.digest, bytes=info.bytes)
+    if info.warning:
+        _log.warning("adapter_warning", adapter=info.adapter_id, warning=info.warning)
+    return info
+
+
+def _is_overruled(saved: SavedAdapter | None, digest: str, intent: Intent) -> bool:
+    if intent.by_call or saved is None or saved.folder_digest != digest:
+        return False
+    return saved.by_call or not saved.digest
+
+
+def _saved(saved: SavedAdapter | None, record: Record, intent: Intent) -> SavedAdapter:
+    """What the state directory holds of the id from now on."""
+    digest = record.version.digest
+    if saved is None:
+        saved = SavedAdapter(record.version.adapter_id, "", "", False, "", "", "", False, False)
+    return dataclasses.replace(
+        saved,
+        digest=digest,
+        source=intent.source,
+        by_call=intent.by_call,
+        folder_digest=digest if intent.is_folder else saved.folder_digest,
+        previous=saved.digest if saved.digest not in ("", digest) else saved.previous,
+        allow_zero=intent.options.allow_zero,
+        allow_other_base=intent.options.allow_other_base,
+    )
+
+
+def saved_pin(saved: SavedAdapter) -> Tier | None:
+    """The tier that an adapter was pinned to."""
+    return Tier(saved.pinned) if saved.pinned else None

@@ -1,0 +1,68 @@
+"""`http://` and `https://`: a folder's URL, and the files right under it."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from yarl import URL
+
+from ..errors import AdapterSourceError
+from .http_client import HttpClient
+from .locate import RemoteSource
+from .meter import Meter
+
+
+class HttpFolder:
+    """An opened folder; see transfer.RemoteFolder."""
+
+    def __init__(self, uri: str, client: HttpClient) -> None:
+        self._uri = uri
+        self._client = client
+
+    async def fetch(self, name: str, target: Path, meter: Meter) -> str | None:
+        """GET one file."""
+        async with self._client.request("GET", self._url(name)) as answer:
+            await self._client.download(answer, target, meter)
+            return _mark(answer.response.headers)
+
+    async def mark(self, name: str) -> str | None:
+        """HEAD one file."""
+        async with self._client.request("HEAD", self._url(name)) as answer:
+            return _mark(answer.response.headers)
+
+    def _url(self, name: str) -> URL:
+        return URL(f"{self._uri}/{name}", encoded=True)
+
+
+class _Origins:
+    """The guide for HTTP servers: redirects stay on those that the operator names (see http_client.Guide)."""
+
+    def __init__(self, source: RemoteSource) -> None:
+        self._source = source
+
+    def headers(self, url: URL) -> Mapping[str, str]:
+        return {}
+
+    def check_redirect(self, origin: URL, target: URL) -> None:
+        is_default = target.explicit_port is None or target.port == {"http": 80, "https": 443}[target.scheme]
+        authority = f"{target.raw_host or ''}{'' if is_default else f':{target.port}'}".lower()
+        if origin.scheme == "https" and target.scheme != "https":
+            raise AdapterSourceError(f"{self._source.uri} leads from https:// to http://, which is not followed.")
+        if (target.scheme, authority) not in self._source.redirects:
+            raise AdapterSourceError(
+                f"{self._source.uri} leads to {f'{target.scheme}://{authority}'[:200]!r}; redirects are followed only "
+                "to servers that --adapter-sources names."
+            )
+
+
+@asynccontextmanager
+async def open_http_folder(source: RemoteSource) -> AsyncIterator[HttpFolder]:
+    """Open a folder on an HTTP server."""
+    async with HttpClient(_Origins(source)) as client:
+        yield HttpFolder(source.uri, client)
+
+
+def _mark(headers: Mapping[str, str]) -> str | None:
+    """The entity tag, or else what HTTP servers tell of a file without one."""
+    tag = headers.get("ETag") or " ".join(headers.get(name, "") for name in ("Last-Modified", "Content-Length"))
+    return tag.strip() or None

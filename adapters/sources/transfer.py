@@ -1,0 +1,134 @@
+"""The files of one adapter, one after the other: names, order, limits, retries, and whether they belong together."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+import structlog
+
+from ..card import CARD_FILE
+from ..config import CONFIG_FILE, MAX_CONFIG_BYTES
+from ..errors import AdapterNotFoundError, AdapterSourceError, AdapterUnreadableError
+from ..weights_file import WEIGHTS_FILE
+from .failures import AccessError, MissingFileError, TransferError
+from .meter import Meter
+
+# As adapters/golden.py names it, which imports torch.
+GOLDEN_FILE: Final = "lorikeet.golden.safetensors"
+ATTEMPTS: Final = 3
+BACKOFF_S: Final = 0.25
+
+_log = structlog.get_logger(__name__)
+
+
+class _Wanted(NamedTuple):
+    name: str
+    is_required: bool
+    max_bytes: int | None = None
+
+
+# The only names that are ever asked for. The small one first: it tells whether the folder is an adapter at all.
+_WANTED: Final = (
+    _Wanted(CONFIG_FILE, is_required=True, max_bytes=MAX_CONFIG_BYTES),
+    _Wanted(WEIGHTS_FILE, is_required=True),
+    _Wanted(GOLDEN_FILE, is_required=False),
+    _Wanted(CARD_FILE, is_required=False),
+)
+
+
+class RemoteFolder(Protocol):
+    """One folder of a store, opened."""
+
+    async def fetch(self, name: str, target: Path, meter: Meter) -> str | None:
+        """Write a file of the folder to `target`; what an error leaves there is worthless.
+
+        Returns:
+            A mark of the content (an entity tag, say) as the store tells it, or None.
+
+        Raises:
+            MissingFileError, AccessError, TransferError, ServingError: as their names say.
+        """
+
+    async def mark(self, name: str) -> str | None:
+        """The mark that `fetch` would return now, without the content; None when it cannot be told.
+
+        Raises:
+            MissingFileError, AccessError, TransferError: likewise.
+        """
+
+
+async def fetch_files(folder: RemoteFolder, uri: str, directory: Path, max_bytes: int) -> None:
+    """Bring an adapter's files into a local directory.
+
+    Args:
+        folder: where they are.
+        uri: of the folder, for messages; without credentials.
+        directory: exists, is empty, and is the caller's alone.
+        max_bytes: of all files together.
+
+    Raises:
+        AdapterNotFoundError: a required file is missing.
+        AdapterSourceError: the store refuses access.
+        AdapterMemoryError: too many bytes.
+        AdapterUnreadableError: it did not work, also not at the third try; or the files changed meanwhile.
+    """
+    started = time.monotonic()
+    left = max_bytes
+    marks: dict[str, str] = {}
+    for wanted in _WANTED:
+        limit = left if wanted.max_bytes is None else min(left, wanted.max_bytes)
+        meter = Meter(wanted.name, uri, limit)
+        mark = await _fetch(folder, uri, wanted, directory / wanted.name, meter)
+        left -= meter.received
+        if mark is not None:
+            marks[wanted.name] = mark
+    await _check_unchanged(folder, uri, marks)
+    _log.info("adapter_fetched", uri=uri, bytes=max_bytes - left, seconds=round(time.monotonic() - started, 3))
+
+
+async def _fetch(folder: RemoteFolder, uri: str, wanted: _Wanted, target: Path, meter: Meter) -> str | None:
+    about = {"file": wanted.name}
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await folder.fetch(wanted.name, target, meter)
+        except MissingFileError:
+            if wanted.is_required:
+                raise AdapterNotFoundError(f"{uri} has no file {wanted.name}.", about) from None
+            break
+        except AccessError:
+            if wanted.is_required:
+                raise AdapterSourceError(
+                    f"{uri} may not be read, or has no {wanted.name} and does not tell strangers so. Credentials are "
+                    "taken from the server's environment, never from a URI.",
+                    about,
+                ) from None
+            # Stores that must not list a folder answer so for files that are not there.
+            _log.info("adapter_fetch_skipped", uri=uri, file=wanted.name, why="access was refused")
+            break
+        except TransferError as error:
+            _log.warning("adapter_fetch_attempt_failed", uri=uri, file=wanted.name, attempt=attempt, why=str(error))
+            if attempt == ATTEMPTS:
+                raise AdapterUnreadableError(f"{wanted.name} of {uri} could not be fetched: {error}.", about) from None
+            await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+    _discard(target)  # what an earlier attempt left
+    return None
+
+
+def _discard(target: Path) -> None:
+    target.unlink(missing_ok=True)
+
+
+async def _check_unchanged(folder: RemoteFolder, uri: str, marks: dict[str, str]) -> None:
+    """Refuse files of which one was replaced meanwhile: config and weights that were never together are no version."""
+    for name, before in marks.items():
+        try:
+            now = await folder.mark(name)
+        except MissingFileError:
+            now = ""
+        except (AccessError, TransferError):  # a store that answers only to whole downloads
+            now = None
+        if now is not None and now != before:
+            raise AdapterUnreadableError(
+                f"{name} of {uri} changed while it was fetched; load it again.", {"file": name}
+            )

@@ -1,0 +1,296 @@
+"""Keeps the files of adapter versions, so that a version outlives the folder it came from. Imports no torch.
+
+One directory a version, named by its digest. A directory of that name is always complete: files are written beside it
+and synced before the rename that makes it appear, and it is renamed away before it is deleted.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from ..errors import AdapterMemoryError, AdapterUnreadableError
+from .durable_files import make_directory, sync_directory, write_durably
+
+_log = structlog.get_logger(__name__)
+
+Data = bytes | bytearray | memoryview
+# A file's bytes, whole or in pieces.
+Content = Data | Sequence[Data]
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# Being written or being deleted; what a killed process left behind.
+_PARTIAL: Final = ".partial-"
+
+
+class VersionStore:
+    """Content-addressed copies within a byte budget; the least recently used go first.
+
+    Thread-safe. The lock is never held while files are read or written; renames and time stamps are made under it, so
+    that the bookkeeping and the directories agree at every moment. The order of use is kept in the directories'
+    modification times and so survives a restart.
+
+    Args:
+        root: holds the copies and nothing else; created when missing. Used by no other process.
+        budget_bytes: of all files together; 0: nothing is stored. Copies that are there already stay until their room
+            is needed, also when they are more than the budget.
+
+    Raises:
+        OSError: root cannot be created or listed.
+    """
+
+    def __init__(self, root: Path, budget_bytes: int) -> None:
+        self._root = root
+        self._budget = budget_bytes
+        self._changed = threading.Condition()  # notified when a write has ended
+        self._entries: OrderedDict[str, int] = OrderedDict()  # digest -> bytes, least recently used first
+        self._writing: dict[str, int] = {}  # digest -> bytes reserved
+        self._last_use_ns = 0
+        make_directory(root)
+        self._scan()
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the copies that are there."""
+        with self._changed:
+            return sum(self._entries.values())
+
+    def digests(self) -> dict[str, int]:
+        """The bytes of every copy, least recently used first."""
+        with self._changed:
+            return dict(self._entries)
+
+    def get(self, digest: str) -> Path | None:
+        """The directory of a version, which counts as a use; None when there is no copy."""
+        with self._changed:
+            return self._root / digest if self._touch(digest) else None
+
+    def put(self, digest: str, files: Mapping[str, Content], protected: Collection[str], *, must: bool = False) -> bool:
+        """Store a version, durably when this returns True; one that is there already is only marked as used.
+
+        It waits for other threads' writes where those decide whether there is room.
+
+        Args:
+            digest: 64 lower-case hex digits.
+            files: file name -> content.
+            protected: digests that may not go to make room. Those of versions that were put a moment ago and are not
+                yet referred to anywhere else belong here, too.
+            must: raise rather than return False.
+
+        Returns:
+            Whether the version is stored. If not, none of it is, and where room was lacking nothing was evicted.
+
+        Raises:
+            AdapterMemoryError: must, and there is no room.
+            AdapterUnreadableError: must, and the disk is full or failed.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"not a digest: {digest!r}")
+        pieces = {_checked_name(name): _pieces(content) for name, content in files.items()}
+        size = sum(len(piece) for of_file in pieces.values() for piece in of_file)
+        retired: list[Path] = []
+        try:
+            if not self._reserve(digest, size, protected, retired):
+                return True
+            stored = False
+            try:
+                self._delete(retired)
+                self._write(digest, pieces)
+                stored = True
+            finally:
+                self._end_write(digest, stored)
+        except (AdapterMemoryError, AdapterUnreadableError) as error:
+            if must:
+                raise
+            _log.warning("version_not_stored", digest=digest, bytes=size, reason=error.reason, message=error.message)
+            return False
+        finally:
+            self._delete(retired)
+        return True
+
+    def remove(self, digest: str) -> None:
+        """Delete a copy, after waiting until it is written; nothing happens when there is none.
+
+        Raises:
+            AdapterUnreadableError: the disk failed; the copy is still there.
+        """
+        retired: list[Path] = []
+        with self._changed:
+            while digest in self._writing:
+                self._changed.wait()
+            if digest in self._entries:
+                self._retire(digest, retired)
+        self._delete(retired)
+
+    def _scan(self) -> None:
+        """Take over what an earlier process left: complete copies are counted, partial ones deleted."""
+        found: list[tuple[int, str, int]] = []
+        with os.scandir(self._root) as entries:
+            for entry in entries:
+                if entry.name.startswith(_PARTIAL):
+                    _delete_tree(Path(entry.path))
+                elif _DIGEST.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    with os.scandir(entry) as files:
+                        size = sum(file.stat(follow_symlinks=False).st_size for file in files)
+                    found.append((entry.stat().st_mtime_ns, entry.name, size))
+                else:
+                    _log.warning("version_store_ignores", name=entry.name, why="not the name of a version")
+        for used_at_ns, digest, size in sorted(found):
+            self._entries[digest] = size
+            self._last_use_ns = used_at_ns
+
+    def _reserve(self, digest: str, size: int, protected: Collection[str], retired: list[Path]) -> bool:
+        """Make room in the books and announce the write; False when the version is there already.
+
+        Args:
+            digest, size, protected: as for `put`.
+            retired: gets the directories that the caller has to delete.
+
+        Raises:
+            AdapterMemoryError: no room; nothing was retired.
+            AdapterUnreadableError: a directory could not be renamed.
+        """
+        with self._changed:
+            while True:
+                if digest not in self._writing:
+                    if self._touch(digest):
+                        return False
+                    victims, missing = self._find_room(size, protected)
+                    if missing <= 0:
+                        break
+                    if not self._writing or size > self._budget:
+                        raise AdapterMemoryError(
+                            f"Version {digest[:12]} takes {size} bytes; the adapter store's budget is {self._budget} "
+                            f"bytes, and beside the versions that must stay {missing} bytes are missing. Raise "
+                            "--adapter-store-bytes."
+                        )
+                # Once a write has ended, the version may be there, or what was written may be evicted.
+                self._changed.wait()
+            if os.path.lexists(self._root / digest):  # left by a disk that failed half-way
+                victims.append(digest)
+            for victim in victims:
+                self._retire(victim, retired)
+            self._writing[digest] = size
+            return True
+
+    def _find_room(self, size: int, protected: Collection[str]) -> tuple[list[str], int]:
+        """The copies to evict for so many bytes, and how many bytes are missing even then (0 or less: none)."""
+        missing = sum(self._entries.values()) + sum(self._writing.values()) + size - self._budget
+        victims = []
+        for digest, freed in self._entries.items():
+            if missing <= 0:
+                break
+            if digest not in protected:
+                victims.append(digest)
+                missing -= freed
+        return victims, missing
+
+    def _retire(self, digest: str, retired: list[Path]) -> None:
+        """Rename a copy, so that it is gone for everybody at once."""
+        partial = self._root / f"{_PARTIAL}{secrets.token_hex(8)}"
+        try:
+            os.rename(self._root / digest, partial)
+        except FileNotFoundError:
+            _log.warning("version_store_copy_vanished", digest=digest)
+        except OSError as error:
+            raise _disk_error(digest, "deleted", error) from None
+        else:
+            retired.append(partial)
+        self._entries.pop(digest, None)
+
+    def _delete(self, retired: list[Path]) -> None:
+        """Delete retired directories and forget them."""
+        if not retired:
+            return
+        try:
+            sync_directory(self._root)  # or a power cut could bring a half-deleted one back under its digest
+        except OSError as error:
+            _log.warning("version_store_not_deleted", error=repr(error), hint="the next start deletes it")
+        else:
+            for partial in retired:
+                _delete_tree(partial)
+        retired.clear()
+
+    def _write(self, digest: str, pieces: Mapping[str, Sequence[memoryview]]) -> None:
+        """Write a version's files and make them appear under its digest."""
+        partial, final = self._root / f"{_PARTIAL}{secrets.token_hex(8)}", self._root / digest
+        try:
+            partial.mkdir(mode=0o700)
+            for name, of_file in pieces.items():
+                write_durably(partial / name, of_file)
+            sync_directory(partial)
+            os.rename(partial, final)
+            try:
+                sync_directory(self._root)
+            except OSError:
+                os.rename(final, partial)
+                raise
+        except OSError as error:
+            _delete_tree(partial)
+            raise _disk_error(digest, "stored", error) from None
+        except BaseException:
+            _delete_tree(partial)
+            raise
+
+    def _end_write(self, digest: str, stored: bool) -> None:
+        with self._changed:
+            size = self._writing.pop(digest)
+            if stored:
+                self._entries[digest] = size
+                self._touch(digest)
+            self._changed.notify_all()
+
+    def _touch(self, digest: str) -> bool:
+        """Mark a copy as the one used last; False when there is none."""
+        if digest not in self._entries:
+            return False
+        # Strictly increasing, also when the clock is not: the order must be the same after a restart.
+        self._last_use_ns = max(time.time_ns(), self._last_use_ns + 1)
+        try:
+            os.utime(self._root / digest, ns=(self._last_use_ns, self._last_use_ns))
+        except FileNotFoundError:
+            _log.warning("version_store_copy_vanished", digest=digest)
+            del self._entries[digest]
+            return False
+        except OSError:
+            pass  # only the order after a restart suffers
+        self._entries.move_to_end(digest)
+        return True
+
+
+def _checked_name(name: str) -> str:
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"not a plain file name: {name!r}")
+    return name
+
+
+def _pieces(content: Content) -> list[memoryview]:
+    """The content as bytes, uncopied; pieces without any are left out, memoryview.cast refuses some of them."""
+    parts: Sequence[Data] = [content] if isinstance(content, Data) else content
+    views = [memoryview(part) for part in parts]
+    return [view.cast("B") for view in views if view.nbytes]
+
+
+def _delete_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        _log.warning("version_store_not_deleted", name=path.name, hint="the next start tries again")
+
+
+def _disk_error(digest: str, action: str, error: OSError) -> AdapterUnreadableError:
+    _log.warning("version_store_disk_error", digest=digest, error=repr(error))
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "is full. Free space there" if is_full else "failed. Check it"
+    return AdapterUnreadableError(
+        f"Version {digest[:12]} could not be {action}: the disk of the server's adapter store {what} and try again."
+    )

@@ -1,0 +1,53 @@
+"""A server in this process for as long as a `with` lasts: the parts of `lorikeet serve` but for gRPC, and ears for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorikeet.server.app import App, assemble
+from lorikeet.server.base.loader import load_base
+from lorikeet.server.config import ServerConfig
+from lorikeet.server.metrics import ServerMetrics
+from lorikeet.server.resolve import resolve_compute
+
+
+@contextmanager
+def local_server(base: Path, adapters: Path, state_dir: Path, **settings: Any) -> Iterator[App]:
+    """A started server. Adapter folders are not watched: whoever measures says what is loaded when.
+
+    Args:
+        base: the base model's directory.
+        adapters: directory that adapters may be loaded from.
+        state_dir: made if missing; of this server alone.
+        settings: further ones; see `lorikeet serve --help`.
+    """
+    config = ServerConfig(model=str(base), adapters=(adapters,), state_dir=state_dir, metrics=False, **settings)
+    compute = resolve_compute(config)
+    model = load_base(str(base), device=compute.device, compute_dtype=compute.dtype, progress=False)
+    app = assemble(config, compute, model)
+    app.manager.start()
+    app.engine.start()
+    try:
+        yield app
+    finally:
+        app.engine.stop()
+        app.manager.close()
+        app.state.close()
+
+
+def listen(metrics: ServerMetrics, event: str, listener: Callable[..., None]) -> None:
+    """Call `listener` with every event of that name, beside what the metrics do with it.
+
+    Args:
+        metrics: of a server, its EngineObserver and AdapterObserver.
+        event: the name of one of their methods.
+        listener: takes the same arguments; called on the step thread or an adapter thread, so it must be cheap.
+    """
+    observe = getattr(metrics, event)
+
+    def both(*arguments: Any) -> None:
+        listener(*arguments)
+        observe(*arguments)
+
+    setattr(metrics, event, both)

@@ -1,0 +1,53 @@
+"""Who may do what with which adapter: what the services ask before they look anything up.
+
+A name is an adapter id or an alias, without `@digest`. The services ask before they look it up, so a client that is
+refused cannot tell a name that exists from one that does not.
+"""
+
+from typing import Final, Protocol
+
+from ..adapters.errors import AdapterNotFoundError
+
+# Metadata in which a client says who it is, and the environment variable from which our own client takes it.
+CLIENT_KEY: Final = "x-lorikeet-client"
+CLIENT_ENV: Final = "LORIKEET_CLIENT"
+
+
+class Access(Protocol):
+    """Decides for the client whose call is being served.
+
+    Called in the context of that call (`contextvars`), on the event loop's thread and, for lists, on a thread of a
+    pool; it must not block.
+    """
+
+    def may_use(self, name: str) -> None:
+        """Raise a ServingError unless the client may send requests to what is called so."""
+        ...
+
+    def may_manage(self, name: str) -> None:
+        """Raise a ServingError unless the client may load, unload, pin or move what is called so."""
+        ...
+
+    def may_see(self, name: str) -> bool:
+        """Whether the client may know what is called so."""
+        ...
+
+
+class OpenAccess:
+    """Every client may do everything."""
+
+    def may_use(self, name: str) -> None:
+        """Yes."""
+
+    def may_manage(self, name: str) -> None:
+        """Yes."""
+
+    def may_see(self, name: str) -> bool:
+        """Yes."""
+        return True
+
+
+def require_visible(access: Access, name: str) -> None:
+    """Raise AdapterNotFoundError unless the client may know what is called so."""
+    if not access.may_see(name):
+        raise AdapterNotFoundError(f"There is no adapter {name!r} that this client may see.", {"adapter_id": name})
