@@ -94,6 +94,8 @@ class AdapterAdministration:
                 _log.warning("adapter_folder_gone", adapter=adapter_id, why_kept="it is pinned or aliased")
                 return
             core.state.database.delete(adapter_id)
+            with core.changed:
+                registry.pin(adapter_id, None)  # of one that failed, so that a later folder of its name does not get it
             if not known or (record is not None and record.origin.directory != directory):
                 return
             with core.changed:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .device_store import DeviceStore
-from .errors import ServingError
+from .errors import AdapterMismatchError, ServingError
 from .golden import Golden
 from .info import AdapterObserver, Tier
 from .registry import Registry
@@ -71,9 +71,12 @@ class ManagerCore:
         return time.monotonic() + self._drain_deadline_s
 
     def fail_load(self, adapter_id: str, ticket: int, error: ServingError) -> None:
-        """A load ended with an error."""
+        """A load ended with an error. That a caller expected other content says nothing about the adapter."""
         with self.admin, self.changed:
-            self.registry.fail_load(adapter_id, ticket, error)
+            if isinstance(error, AdapterMismatchError) and adapter_id in self.registry.current:
+                self.registry.end_load(adapter_id, ticket)
+            else:
+                self.registry.fail_load(adapter_id, ticket, error)
 
     def keep_files(self, digest: str, files: Mapping[str, Sequence[bytes | bytearray]], *, must: bool) -> bool:
         """Put a version's files into the version store; whether they are there. Nothing in use has to go for it.

@@ -155,12 +155,8 @@ def parse_golden(data: bytes | bytearray) -> Golden:
     )
 
 
-def write_golden(directory: Path, golden: Golden) -> Path:
-    """Write an adapter's golden file; it appears whole or not at all, in place of an earlier one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def serialize_golden(golden: Golden) -> bytes:
+    """The content of its file."""
     metadata = {
         "format": FORMAT,
         "adapter_sha256": golden.digest,
@@ -174,11 +170,20 @@ def write_golden(directory: Path, golden: Golden) -> Path:
         "lengths": torch.tensor([len(prompt) for prompt in golden.prompts], dtype=torch.int32),
         "logits": golden.logits.contiguous(),
     }
+    return save(tensors, metadata)
+
+
+def write_golden(directory: Path, golden: Golden) -> Path:
+    """Write an adapter's golden file; it appears whole or not at all, in place of an earlier one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = directory / GOLDEN_FILE
     temporary = directory / f".{GOLDEN_FILE}.{secrets.token_hex(4)}"
     try:
         with temporary.open("wb") as file:
-            file.write(save(tensors, metadata))
+            file.write(serialize_golden(golden))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

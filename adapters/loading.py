@@ -24,8 +24,10 @@ from .sources.locate import LocalSource, RemoteSource, SourcePolicy, locate
 from .version import AdapterVersion
 
 # Adapters read from disk at a time. Reading is bound by the disk and by one core a thread for hashing. Those that
-# requests wait for have threads of their own, so that a folder full of new adapters does not delay them.
+# requests wait for have threads of their own, so that a folder full of new adapters does not delay them; so have kept
+# versions, so that a rollback does not wait for slow downloads.
 LOAD_THREADS: Final = 4
+KEPT_THREADS: Final = 2
 REREAD_THREADS: Final = 2
 
 _log = structlog.get_logger(__name__)
@@ -73,6 +75,9 @@ class AdapterLoads:
         self._sources = sources
         self._fetcher = fetcher
         self._pool = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="adapter-load", initializer=lower_priority)
+        self._kept_pool = ThreadPoolExecutor(
+            KEPT_THREADS, thread_name_prefix="adapter-kept", initializer=lower_priority
+        )
         self._reread_pool = ThreadPoolExecutor(
             REREAD_THREADS, thread_name_prefix="adapter-reread", initializer=lower_priority
         )
@@ -81,6 +86,7 @@ class AdapterLoads:
         """End the threads; loads that have not begun fail, downloads are broken off."""
         self._fetcher.close()
         self._reread_pool.shutdown(wait=True, cancel_futures=True)
+        self._kept_pool.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def start(
@@ -103,7 +109,7 @@ class AdapterLoads:
             check_is_no_alias(self._core, adapter_id)
             ticket = self._core.registry.begin_load(adapter_id)
         try:
-            return self._pool.submit(self._load, _Job(adapter_id, source, ticket, intent))
+            return self._pool_for(source).submit(self._load, _Job(adapter_id, source, ticket, intent))
         except RuntimeError:  # the pool was shut down
             self._core.fail_load(adapter_id, ticket, shutting_down())
             raise shutting_down() from None
@@ -117,7 +123,8 @@ class AdapterLoads:
         located = locate(self._sources, adapter_id, source)
         with self._core.changed:
             check_is_no_alias(self._core, adapter_id)
-        return make_plan(self._core, adapter_id, self._on_disk_thread(self._open_and_read, adapter_id, located, options))
+        loaded = self._wait_for(self._pool, self._open_and_read, adapter_id, located, options)
+        return make_plan(self._core, adapter_id, loaded)
 
     def hold_stored(self, adapter_id: str, digest: str) -> Record:
         """Have a version of an id in the registry, without making it current, for whoever will name it.
@@ -130,7 +137,8 @@ class AdapterLoads:
         record = self._hold_live(adapter_id, digest)
         if record is not None:
             return record
-        loaded = self._on_disk_thread(self._open_and_read, adapter_id, StoredSource(digest), _trusting(digest))
+        source = StoredSource(digest)
+        loaded = self._wait_for(self._kept_pool, self._open_and_read, adapter_id, source, _trusting(digest))
         return self._add_candidate(adapter_id, loaded, is_stored=True)
 
     def keep(self, record: Record) -> None:
@@ -142,7 +150,7 @@ class AdapterLoads:
         """
         store = self._core.state.store
         if store.get(record.version.digest) is None:
-            loaded = self._on_disk_thread(self._read_kept, record.version)
+            loaded = self._wait_for(self._kept_pool, self._read_kept, record.version)
             self._core.keep_files(loaded.digest, loaded.files, must=True)
         with self._core.changed:
             record.is_stored = True
@@ -151,16 +159,20 @@ class AdapterLoads:
         """Bring back, on another thread, a host copy that was evicted; its memory is already claimed."""
         self._reread_pool.submit(self._read_again, version)
 
-    def _on_disk_thread(self, read: Callable[..., LoadedAdapter], *args: object) -> LoadedAdapter:
-        """Read, and wait for it."""
+    def _wait_for(self, pool: ThreadPoolExecutor, read: Callable[..., LoadedAdapter], *args: object) -> LoadedAdapter:
+        """Read on another thread, and wait for it."""
         try:
-            future = self._pool.submit(read, *args)
+            future = pool.submit(read, *args)
         except RuntimeError:  # the pool was shut down
             raise shutting_down() from None
         try:
             return future.result()
         except CancelledError:
             raise shutting_down() from None
+
+    def _pool_for(self, source: Source) -> ThreadPoolExecutor:
+        """Slow remote loads must not hold up a rollback, so versions that are kept here do not wait for them."""
+        return self._kept_pool if isinstance(source, StoredSource) else self._pool
 
     def _is_folder(self, adapter_id: str, source: Source) -> bool:
         """Whether that is the folder that is watched under this id."""
@@ -202,8 +214,8 @@ class AdapterLoads:
             known = self._hold_live(job.adapter_id, job.source.digest)
             if known is not None:
                 with self._dropping(known):
-                    if not known.is_current:
-                        self._kept(job.source.digest)  # in memory alone it would neither survive an eviction nor a restart
+                    if not known.is_current:  # it must survive evictions and restarts, so memory is not enough
+                        self._kept(job.source.digest)
                     yield known, known.origin
                 return
         loaded = self._open_and_read(job.adapter_id, job.source, job.intent.options)
@@ -217,7 +229,7 @@ class AdapterLoads:
                 origin = replace(origin, directory=directory)
             record = self._add_candidate(job.adapter_id, loaded, is_stored=is_stored)
         with self._dropping(record):
-            if loaded.golden is not None and self._core.prover is not None and not record.proof:
+            if loaded.golden is not None and self._core.prover is not None:
                 record.proof = self._core.prover(record.version, loaded.golden)
             yield record, origin
 
@@ -242,8 +254,8 @@ class AdapterLoads:
         kept = self._core.state.store.get(digest)
         if kept is None:
             raise AdapterNoVersionError(
-                f"The files of version {digest[:12]} are not kept any more (--adapter-store-bytes is their budget); load "
-                "the adapter from where it is."
+                f"The files of version {digest[:12]} are not kept any more (--adapter-store-bytes is their "
+                "budget); load the adapter from where it is."
             )
         return kept
 

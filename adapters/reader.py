@@ -8,15 +8,14 @@ from typing import NamedTuple
 import structlog
 import torch
 
-from .card import CARD_FILE, MAX_FRONT_MATTER_BYTES, read_card
+from .card import CARD_FILE, HASH_KEY, read_card
 from .checkpoint import load_checkpoint
 from .errors import AdapterMemoryError, AdapterMismatchError, ServingError
 from .fingerprint import BaseFingerprint
-from .golden import GOLDEN_FILE, MAX_GOLDEN_BYTES, Golden, read_golden
+from .golden import GOLDEN_FILE, Golden, read_golden, serialize_golden
 from .info import LoadOptions
 from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
-from .paths import open_contained
 from .sites import SiteTable
 
 _log = structlog.get_logger(__name__)
@@ -108,19 +107,12 @@ class AdapterReader:
             checkpoint.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
         )
         golden = read_golden(directory, roots, digest=checkpoint.digest)
-        origin = Origin(directory, packed.report, warning or card.warning, time.time(), name)
+        warnings = " ".join(filter(None, (warning, card.warning))) or None
+        origin = Origin(directory, packed.report, warnings, time.time(), name)
         files = checkpoint.files
         if golden is not None:
-            files[GOLDEN_FILE] = (_read_file(directory, GOLDEN_FILE, roots, MAX_GOLDEN_BYTES),)
+            files[GOLDEN_FILE] = (serialize_golden(golden),)
         if card.base_model_sha256 is not None:
-            files[CARD_FILE] = (_read_file(directory, CARD_FILE, roots, MAX_FRONT_MATTER_BYTES),)
+            # What was checked, not what is in the file by now.
+            files[CARD_FILE] = (f"---\n{HASH_KEY}: {card.base_model_sha256}\n---\n".encode(),)
         return LoadedAdapter(checkpoint.digest, packed, origin, files, golden)
-
-
-def _read_file(directory: Path, name: str, roots: Sequence[Path], max_bytes: int) -> bytes:
-    """The first bytes of a file that was read and checked before, to be kept beside the weights."""
-    with open_contained(directory, name, roots) as file:
-        data = b""
-        while len(data) < max_bytes and (chunk := file.read(max_bytes - len(data))):
-            data += chunk
-    return data

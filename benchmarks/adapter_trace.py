@@ -144,12 +144,10 @@ def parse() -> argparse.Namespace:
     add("--kv-cache-bytes", default="512MiB", help="of each server [512MiB]")
     add("--model", type=Path, help="another base model's directory [the demo base]")
     add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="everything as small as it can be: does it run?")
-    options = parser.parse_args()
-    if options.quick:
-        for name, value in QUICK.items():
-            setattr(options, name, value)
-    return options
+    add("--quick", action="store_true", help="small defaults for everything: does it run?")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
 
 
 def budget_bytes(options: argparse.Namespace, per_rank: int) -> int:

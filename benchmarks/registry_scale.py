@@ -92,12 +92,10 @@ def parse() -> argparse.Namespace:
     add("--calls", type=int, default=20000, help="of each kind in a round [20000]")
     add("--rounds", type=int, default=5, help="times that every number of adapters is measured [5]")
     add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="everything as small as it can be: does it run?")
-    options = parser.parse_args()
-    if options.quick:
-        for name, value in QUICK.items():
-            setattr(options, name, value)
-    return options
+    add("--quick", action="store_true", help="small defaults for everything: does it run?")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
 
 
 def write_tiny_adapters(folder: Path, count: int) -> list[str]:

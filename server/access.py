@@ -11,6 +11,7 @@ from ..adapters.errors import AdapterNotFoundError
 # Metadata in which a client says who it is, and the environment variable from which our own client takes it.
 CLIENT_KEY: Final = "x-lorikeet-client"
 CLIENT_ENV: Final = "LORIKEET_CLIENT"
+MAX_CLIENT_NAME: Final = 128  # characters
 
 
 class Access(Protocol):
@@ -47,7 +48,19 @@ class OpenAccess:
         return True
 
 
-def require_visible(access: Access, name: str) -> None:
-    """Raise AdapterNotFoundError unless the client may know what is called so."""
-    if not access.may_see(name):
-        raise AdapterNotFoundError(f"There is no adapter {name!r} that this client may see.", {"adapter_id": name})
+def hidden(name: str) -> AdapterNotFoundError:
+    """The error for a name that the client may not see, whether it exists or not."""
+    return AdapterNotFoundError(f"There is no adapter {name!r} that this client may see.", {"adapter_id": name})
+
+
+def check_client_name(name: str) -> str:
+    """The name, if it can be sent as metadata.
+
+    Raises:
+        ValueError: it is empty or too long, or has characters that metadata cannot carry.
+    """
+    if not 1 <= len(name) <= MAX_CLIENT_NAME or not all("!" <= character <= "~" for character in name):
+        raise ValueError(
+            f"{name[:128]!r} is no client name; allowed: 1 to {MAX_CLIENT_NAME} printable ASCII characters, no spaces."
+        )
+    return name

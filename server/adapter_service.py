@@ -1,7 +1,7 @@
 """AdapterService on top of the adapter manager. Runs on the event loop's thread, what may block on others.
 
 Every call goes the same way: check the message, ask whether this client may, and only then look anything up. Loads,
-waits for a tier, and quick calls have threads of their own, so none of them holds up another kind.
+waits for a tier, returns to kept versions, and quick calls have threads of their own: none holds up another kind.
 """
 
 import time
@@ -12,18 +12,26 @@ from ..adapters.info import AdapterInfo
 from ..adapters.paths import check_adapter_id
 from ..adapters.reference import parse_reference
 from ..protos.v1 import adapters_pb2 as pb
-from .access import Access, OpenAccess, require_visible
+from .access import Access, OpenAccess, hidden
 from .adapter_management import AdapterManagement
 from .alias_service import AliasService
 from .call_deadline import call_deadline
-from .convert_adapter import adapter_message, digest_prefix, load_options, load_source, plan_message, requested_tier
+from .convert_adapter import (
+    adapter_message,
+    brief_message,
+    digest_prefix,
+    load_options,
+    load_source,
+    plan_message,
+    requested_tier,
+)
 from .field_errors import blaming
 from .interceptors import Context
 from .paging import Key, Page, read_page_request
 from .workers import Workers
 
-# Loads, dry runs and rollbacks read and hash: a few at a time keep a slow one from holding up the rest without flooding
-# the disk.
+# Loads and dry runs fetch, read and hash: a few at a time keep a slow one from holding up the rest without flooding the
+# disk.
 LOAD_THREADS = 4
 # Pins and prefetches mostly wait for memory to become free, which costs a thread and nothing else.
 WAIT_THREADS = 32
@@ -62,22 +70,28 @@ class AdapterService(AliasService):
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         """Make an adapter unknown to later requests."""
         adapter_id = self._adapter_to_manage(request.adapter_id)
-        await self._quick.run(lambda: self._manager.unload(adapter_id))
+        with blaming("adapter_id"):
+            await self._quick.run(lambda: self._manager.unload(adapter_id))
         return pb.UnloadAdapterResponse()
 
     async def RollbackAdapter(self, request: pb.RollbackAdapterRequest, context: Context) -> pb.RollbackAdapterResponse:
         """Make an earlier version current again."""
         adapter_id = self._adapter_to_manage(request.adapter_id)
         prefix = digest_prefix("version", request.version)
-        with blaming("version"):
-            info = await self._loads.run(lambda: self._manager.rollback(adapter_id, prefix))
+        with blaming("version" if prefix else "adapter_id"):
+            info = await self._stored.run(lambda: self._manager.rollback(adapter_id, prefix))
         return pb.RollbackAdapterResponse(adapter=self._message(info))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Describe one adapter and all its versions."""
-        require_visible(self._access, self._name(request.adapter_id))
+        name = self._name(request.adapter_id)
+        if not self._access.may_see(name):
+            raise hidden(name)
         with blaming("adapter_id"):
             details = await self._quick.run(lambda: self._manager.describe(request.adapter_id))
+        if not self._access.may_see(details.adapter.adapter_id):
+            # An alias that this client may see leads to an adapter that it may not.
+            raise hidden(name)
         return pb.GetAdapterResponse(
             adapter=self._message(details.adapter), versions=[self._message(version) for version in details.versions]
         )
@@ -103,24 +117,29 @@ class AdapterService(AliasService):
             info = await self._waits.run(
                 lambda: self._manager.prefetch(request.adapter_id, tier, _patience_s(deadline))
             )
+        if not self._access.may_see(info.adapter_id):
+            # By an alias; that much the answer to a request would tell, too.
+            return pb.PrefetchAdapterResponse(adapter=brief_message(info))
         return pb.PrefetchAdapterResponse(adapter=self._message(info))
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Keep an adapter in a tier."""
         adapter_id = self._adapter_to_manage(request.adapter_id)
         tier, deadline = requested_tier(request.tier), call_deadline(context)
-        info = await self._waits.run(lambda: self._manager.pin(adapter_id, tier, _patience_s(deadline)))
+        with blaming("adapter_id"):
+            info = await self._waits.run(lambda: self._manager.pin(adapter_id, tier, _patience_s(deadline)))
         return pb.PinAdapterResponse(adapter=self._message(info))
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         """Let a pinned adapter be evicted again."""
         adapter_id = self._adapter_to_manage(request.adapter_id)
-        info = await self._quick.run(lambda: self._manager.unpin(adapter_id))
+        with blaming("adapter_id"):
+            info = await self._quick.run(lambda: self._manager.unpin(adapter_id))
         return pb.UnpinAdapterResponse(adapter=self._message(info))
 
     def close(self) -> None:
         """Begin nothing more, and wait for nothing: the manager ends what its callers wait for when it is closed."""
-        for workers in (self._quick, self._loads, self._waits):
+        for workers in (self._quick, self._stored, self._loads, self._waits):
             workers.close()
 
     def _adapter_to_manage(self, adapter_id: str) -> str:

@@ -14,8 +14,10 @@ from .interceptors import Context
 from .paging import Key, Page, read_page_request
 from .workers import Workers
 
-# What only takes the manager's lock and writes a row; a slow disk under the state directory is what threads are for.
+# What takes the manager's lock and at most writes a row of its state.
 QUICK_THREADS = 8
+# What may read versions that were replaced, from the server's own copies: a moment, unlike loads from anywhere.
+STORED_THREADS = 4
 
 
 class AliasService(AdapterServiceServicer):
@@ -29,7 +31,8 @@ class AliasService(AdapterServiceServicer):
     def __init__(self, manager: AdapterManagement, access: Access) -> None:
         self._manager = manager
         self._access = access
-        self._quick = Workers("adapter-quick", QUICK_THREADS)
+        self._quick = Workers("adapter-quick-rpc", QUICK_THREADS)
+        self._stored = Workers("adapter-stored-rpc", STORED_THREADS)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Create an alias, or move it."""
@@ -40,7 +43,7 @@ class AliasService(AdapterServiceServicer):
             self._access.may_manage(target.name)
         asked = [(target.reference, target.weight) for target in targets]
         with blaming("alias.targets"):
-            alias = await self._quick.run(lambda: self._manager.set_alias(name, asked))
+            alias = await self._stored.run(lambda: self._manager.set_alias(name, asked))
         return pb.SetAliasResponse(alias=alias_message(alias))
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:

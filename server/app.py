@@ -96,7 +96,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
         base.site_table,
-        dataclasses.replace(base.fingerprint, also=config.base_names),
+        dataclasses.replace(base.fingerprint, also=(*base.fingerprint.also, *config.base_names)),
         dtype=compute.dtype,
         device=compute.device,
         device_budget_bytes=config.adapter_device_bytes,

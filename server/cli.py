@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..adapters.errors import ServingError
-from .access import CLIENT_ENV, CLIENT_KEY
+from .access import CLIENT_ENV, CLIENT_KEY, check_client_name
 from .addresses import DEFAULT_ADDRESS
 from .cli_adapter_flags import add_adapters
 
@@ -137,8 +137,6 @@ def _client_name(name: str) -> str:
     """A name that metadata can carry; the empty one is nobody's."""
     if not name:
         return ""
-    from .client import check_client_name
-
     try:
         return check_client_name(name)
     except ValueError as error:

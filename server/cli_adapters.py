@@ -63,7 +63,10 @@ def _load(client: LorikeetClient, options: argparse.Namespace) -> None:
         "allow_other_base": options.allow_other_base,
     }
     if not options.dry_run:
-        _show(client.load_adapter(options.adapter, options.path, **fields), options)
+        adapter = client.load_adapter(options.adapter, options.path, **fields)
+        _show(adapter, options)
+        if not options.json:
+            _print_slices(adapter)
         return
     response = client.plan_load(options.adapter, options.path, **fields)
     if options.json:
@@ -121,8 +124,8 @@ def _list_row(adapter: pb.Adapter) -> tuple[str, ...]:
         _state(adapter),
         _tier(adapter.tier),
         _tier(adapter.pinned_tier),
-        str(adapter.max_rank),
-        mebibytes(adapter.size_bytes),
+        _rank(adapter),
+        _size(adapter),
         str(adapter.in_flight_requests),
         adapter.version[:DIGEST_DIGITS],
         ", ".join(adapter.aliases),
@@ -139,8 +142,8 @@ def _version_row(adapter: pb.Adapter) -> tuple[str, ...]:
         _tier(adapter.pinned_tier),
         ", ".join(adapter.aliases),
         str(adapter.in_flight_requests),
-        mebibytes(adapter.size_bytes),
-        str(adapter.max_rank),
+        _size(adapter),
+        _rank(adapter),
         adapter.method,
         _loaded(adapter),
     )
@@ -152,27 +155,38 @@ def _show(adapter: pb.Adapter, options: argparse.Namespace) -> None:
         print_json(adapter)
     else:
         _print_adapter(adapter)
-        _print_slices(adapter)
 
 
 def _print_adapter(adapter: pb.Adapter) -> None:
-    lines = {
-        "adapter": adapter.adapter_id,
-        "version": adapter.version,
-        "state": _state(adapter),
-        "tier": _tier(adapter.tier),
-        "pinned": _tier(adapter.pinned_tier),
-        "aliases": ", ".join(adapter.aliases),
-        "in flight": str(adapter.in_flight_requests),
-        "size": mebibytes(adapter.size_bytes),
-        "rank": str(adapter.max_rank),
+    _print_lines(
+        {
+            "adapter": adapter.adapter_id,
+            "version": adapter.version,
+            "state": _state(adapter),
+            "tier": _tier(adapter.tier),
+            "pinned": _tier(adapter.pinned_tier),
+            "aliases": ", ".join(adapter.aliases),
+            "in flight": str(adapter.in_flight_requests),
+            **_content(adapter),
+            "loaded": _loaded(adapter),
+            **dict(_notes(adapter)),
+        }
+    )
+
+
+def _content(adapter: pb.Adapter) -> dict[str, str]:
+    """What is known of its files, loaded or not."""
+    return {
+        "size": _size(adapter),
+        "rank": _rank(adapter),
         "modules": str(adapter.module_count or ""),
         "method": adapter.method,
         "base": adapter.trained_for,
         "folder": adapter.source,
-        "loaded": _loaded(adapter),
-        **dict(_notes(adapter)),
     }
+
+
+def _print_lines(lines: dict[str, str]) -> None:
     for name, value in lines.items():
         if value:
             sys.stdout.write(f"{name:<10} {value}\n")
@@ -192,7 +206,8 @@ def _print_slices(adapter: pb.Adapter) -> None:
 
 
 def _print_plan(adapter: pb.Adapter, plan: pb.LoadPlan) -> None:
-    _print_adapter(adapter)
+    names = {"adapter": adapter.adapter_id, "version": adapter.version}
+    _print_lines({**names, **_content(adapter), **dict(_notes(adapter))})
     _print_slices(adapter)
     sys.stdout.write(
         f"\n{adapter.adapter_id} can be loaded; nothing has been changed. "
@@ -228,6 +243,14 @@ def _state(adapter: pb.Adapter) -> str:
 def _tier(tier: "pb.AdapterTier.ValueType") -> str:
     """`ADAPTER_TIER_HOST` as `host`; unspecified as nothing."""
     return pb.AdapterTier.Name(tier).removeprefix("ADAPTER_TIER_").lower() if tier else ""
+
+
+def _rank(adapter: pb.Adapter) -> str:
+    return str(adapter.max_rank or "")  # 0: nothing of it has been read yet
+
+
+def _size(adapter: pb.Adapter) -> str:
+    return mebibytes(adapter.size_bytes) if adapter.size_bytes else ""
 
 
 def _loaded(adapter: pb.Adapter) -> str:

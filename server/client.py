@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ..protos.v1 import adapters_pb2, generation_pb2
 from ..protos.v1.adapters_pb2_grpc import AdapterServiceStub
 from ..protos.v1.generation_pb2_grpc import GenerationServiceStub
-from .access import CLIENT_KEY
+from .access import CLIENT_KEY, check_client_name
 from .addresses import DEFAULT_ADDRESS
 from .status import remote_error
 
@@ -31,11 +31,6 @@ _CHANNEL_OPTIONS = [
     # A long output with log probabilities outgrows gRPC's 4 MiB.
     ("grpc.max_receive_message_length", 64 * 2**20),
 ]
-
-
-MAX_CLIENT_NAME = 128
-
-_TIERS = {"host": adapters_pb2.ADAPTER_TIER_HOST, "device": adapters_pb2.ADAPTER_TIER_DEVICE}
 
 # Where PrefetchAdapter and PinAdapter bring an adapter to.
 TierName = Literal["host", "device"]
@@ -146,9 +141,6 @@ class LorikeetClient:
             path: its folder inside one of the server's adapter directories; empty: the one named adapter_id, or
                 `source` if that is given.
             options: other fields of the request.
-
-        Returns:
-            What requests get from now on.
         """
         request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, path=path, **options)
         response: adapters_pb2.LoadAdapterResponse = self._call(self._adapters.LoadAdapter, request)
@@ -201,13 +193,13 @@ class LorikeetClient:
             reference: an id, an alias with one target, or `id@digest-prefix`.
             tier: where to.
         """
-        request = adapters_pb2.PrefetchAdapterRequest(adapter_id=reference, tier=_TIERS[tier])
+        request = adapters_pb2.PrefetchAdapterRequest(adapter_id=reference, tier=_tier_value(tier))
         response: adapters_pb2.PrefetchAdapterResponse = self._call(self._adapters.PrefetchAdapter, request)
         return response.adapter
 
     def pin_adapter(self, adapter_id: str, tier: TierName = "device") -> adapters_pb2.Adapter:
         """Keep an adapter, in whatever version is current, in a tier, and return when it is there."""
-        request = adapters_pb2.PinAdapterRequest(adapter_id=adapter_id, tier=_TIERS[tier])
+        request = adapters_pb2.PinAdapterRequest(adapter_id=adapter_id, tier=_tier_value(tier))
         response: adapters_pb2.PinAdapterResponse = self._call(self._adapters.PinAdapter, request)
         return response.adapter
 
@@ -285,17 +277,8 @@ class LorikeetClient:
                 return
 
 
-def check_client_name(name: str) -> str:
-    """The name, if it can be sent as metadata.
-
-    Raises:
-        ValueError: it is empty or too long, or has characters that metadata cannot carry.
-    """
-    if not 1 <= len(name) <= MAX_CLIENT_NAME or not all("!" <= character <= "~" for character in name):
-        raise ValueError(
-            f"{name[:128]!r} is no client name; allowed: 1 to {MAX_CLIENT_NAME} printable ASCII characters, no spaces."
-        )
-    return name
+def _tier_value(tier: TierName) -> "adapters_pb2.AdapterTier.ValueType":
+    return adapters_pb2.AdapterTier.Value(f"ADAPTER_TIER_{tier.upper()}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from .access import CLIENT_ENV
 from .config import CONFIG_ENV, ENV_PREFIX, ServerConfig
 from .errors import ConfigError
 
@@ -98,9 +99,12 @@ def _metavar(name: str, info: FieldInfo) -> str:
 
 
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
-    """pydantic-settings reads only the variables it knows; a misspelt one would be ignored."""
+    """pydantic-settings reads only the variables it knows; a misspelt one would be ignored.
+
+    CLIENT_ENV is for the client commands, which run in the same shells.
+    """
     for variable in environment:
-        if variable.startswith(ENV_PREFIX):
+        if variable.startswith(ENV_PREFIX) and variable != CLIENT_ENV:
             name = variable.removeprefix(ENV_PREFIX).lower()
             if name not in ServerConfig.model_fields:
                 hint = _closest(name, lambda close: ENV_PREFIX + close.upper())

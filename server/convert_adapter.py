@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ..adapters.errors import AdapterDigestError, AdapterSourceError
-from ..adapters.info import AdapterInfo, AliasInfo, LoadOptions, LoadPlan, Tier
+from ..adapters.info import AdapterInfo, AdapterState, AliasInfo, LoadOptions, LoadPlan, Tier
 from ..adapters.reference import MIN_PREFIX, parse_reference
 from ..protos.v1 import adapters_pb2 as pb
 from .errors import BadRequestError
@@ -47,7 +47,7 @@ def adapter_message(info: AdapterInfo, may_see: MaySee) -> pb.Adapter:
     return pb.Adapter(
         adapter_id=info.adapter_id,
         version=info.digest,
-        state=pb.AdapterState.Value(f"ADAPTER_STATE_{info.state.name}"),
+        state=_state_value(info.state),
         tier=_tier_value(info.tier),
         size_bytes=info.bytes,
         max_rank=info.max_rank,
@@ -67,6 +67,13 @@ def adapter_message(info: AdapterInfo, may_see: MaySee) -> pb.Adapter:
         proof=info.proof,
         trained_for=info.trained_for,
         module_count=info.num_modules,
+    )
+
+
+def brief_message(info: AdapterInfo) -> pb.Adapter:
+    """Which version it is and where, and nothing else about it."""
+    return pb.Adapter(
+        adapter_id=info.adapter_id, version=info.digest, state=_state_value(info.state), tier=_tier_value(info.tier)
     )
 
 
@@ -222,6 +229,10 @@ def _digest(field: str, text: str, min_length: int) -> str:
             {"field": field},
         )
     return digest
+
+
+def _state_value(state: AdapterState) -> "pb.AdapterState.ValueType":
+    return pb.AdapterState.Value(f"ADAPTER_STATE_{state.name}")
 
 
 def _tier_value(tier: Tier) -> "pb.AdapterTier.ValueType":

@@ -1,4 +1,4 @@
-"""The one interceptor around our RPCs: request id, error mapping, a log line and a count for each call.
+"""The one interceptor around our RPCs: request id, client, error mapping, a log line and a count for each call.
 
 It runs on the event loop's thread. Handlers are wrapped as coroutines, also the streaming ones: grpc.aio does not close
 a handler's async generator when the client goes away while a message is being written, so its `finally` would run when
@@ -18,17 +18,21 @@ import grpc
 import structlog
 
 from ..adapters.errors import ServingError
+from .access import CLIENT_KEY
 from .errors import BadRequestError
 from .status import error_status
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
+MAX_CLIENT_LENGTH = 128
 PACKAGE = "lorikeet."
 
 log = structlog.stdlib.get_logger(__name__)
 
 # The id of the call that the current task serves; also bound to every log line of that task.
 current_request_id: ContextVar[str] = ContextVar("current_request_id")
+# Who its caller says it is; None: it does not say. Not proof of anything: whoever is let in can claim any name.
+current_client: ContextVar[str | None] = ContextVar("current_client", default=None)
 
 # Generic in the type stubs only, hence the quotes here and below.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -84,6 +88,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 finally:
                     current_request_id.set(request_id)
                     structlog.contextvars.bind_contextvars(request_id=request_id)
+                client = _client(context)
+                current_client.set(client)
+                if client is not None:
+                    structlog.contextvars.bind_contextvars(client=client)
                 await _send(context.send_initial_metadata(((REQUEST_ID_KEY, request_id),)))
                 return await behaviour(request, context)
             except ServingError as error:
@@ -151,6 +159,28 @@ def _request_id(request: Any, context: Context) -> str:
             {"field": "request_id"},
         )
     return given
+
+
+def _client(context: Context) -> str | None:
+    """The name that the caller gave itself in the metadata; None for none.
+
+    Raises:
+        BadRequestError: it is too long, has characters that do not belong into a log, or there are several, of which
+            only somebody in between could know the right one.
+    """
+    given = [value for key, value in context.invocation_metadata() or () if key == CLIENT_KEY]
+    if not given or given == [""]:
+        return None
+    name = given[0]
+    if len(given) > 1:
+        raise BadRequestError(f"The metadata has {CLIENT_KEY} {len(given)} times; give it once.", {"field": CLIENT_KEY})
+    if not isinstance(name, str) or len(name) > MAX_CLIENT_LENGTH or not all(" " <= char <= "~" for char in name):
+        raise BadRequestError(
+            f"{CLIENT_KEY} metadata has {len(name)} characters; allowed: at most {MAX_CLIENT_LENGTH} printable ASCII "
+            "characters.",
+            {"field": CLIENT_KEY},
+        )
+    return name
 
 
 async def _abort(context: Context, error: ServingError, request_id: str) -> None:

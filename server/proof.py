@@ -16,13 +16,14 @@ import structlog
 import torch
 from torch import Tensor
 
-from ..adapters.errors import AdapterNotReadyError, AdapterProofError, ServingError
-from ..adapters.golden import Golden, wrong_vocabulary
+from ..adapters.errors import AdapterInvalidError, AdapterNotReadyError, AdapterProofError, ServingError
+from ..adapters.golden import GOLDEN_FILE, Golden, wrong_vocabulary
 from ..adapters.golden_comparison import compare
 from ..adapters.version import AdapterVersion
 from .engine.errors import NonFiniteLogitsError
 from .engine.request import Delta, Event, Failed, Request
 from .engine.sampling_params import SamplingParams
+from .errors import PromptTooLongError
 
 _ONE_TOKEN: Final = SamplingParams(temperature=0.0, max_tokens=1)
 
@@ -83,7 +84,7 @@ class GoldenProver:
 
         Raises:
             AdapterProofError: the logits are off.
-            AdapterInvalidError: the file is for a base of another vocabulary.
+            AdapterInvalidError: the file is for a base of another vocabulary, or a prompt exceeds the context.
             AdapterNotReadyError: the engine did not get to it in time.
             ServingError: the engine is full or shutting down, or the adapter failed on its way to the device.
         """
@@ -145,8 +146,12 @@ class GoldenProver:
         self._hold(version)
         try:
             self._engine.submit(request)
-        except BaseException:
+        except BaseException as error:
             self._release(version)
+            if isinstance(error, PromptTooLongError):
+                raise AdapterInvalidError(
+                    f"{GOLDEN_FILE} cannot be replayed here. {error.message}", {"file": GOLDEN_FILE}
+                ) from None
             raise
         return request.request_id
 

@@ -3,8 +3,14 @@
 from dataclasses import dataclass, field
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo  # type: ignore[import-untyped]
+from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped]
+    BadRequest,
+    ErrorInfo,
+    RequestInfo,
+    RetryInfo,
+)
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 
 from ..adapters.errors import ServingError
@@ -27,7 +33,10 @@ class ErrorStatus:
 
 
 def error_status(error: ServingError, request_id: str) -> ErrorStatus:
-    """The status of an error: ErrorInfo always, BadRequest where `metadata["field"]` blames a field, RequestInfo.
+    """The status of an error, with ErrorInfo and RequestInfo.
+
+    BadRequest is added where `metadata["field"]` blames a field, RetryInfo where `metadata["retry_after_s"]` says when
+    to try again.
 
     Args:
         error: its message is written for the client; see adapters/errors.py.
@@ -43,6 +52,10 @@ def error_status(error: ServingError, request_id: str) -> ErrorStatus:
             field=metadata["field"], description=_shorten(message, MAX_METADATA_LENGTH)
         )
         status.details.add().Pack(BadRequest(field_violations=[violation]))
+    if "retry_after_s" in metadata:
+        delay = Duration()
+        delay.FromMilliseconds(round(float(metadata["retry_after_s"]) * 1000))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
     status.details.add().Pack(RequestInfo(request_id=request_id))
     return ErrorStatus(code, message, ((DETAILS_KEY, status.SerializeToString()),))
 

@@ -6,6 +6,7 @@ is followed, and nothing is decompressed: what is counted and kept are the bytes
 """
 
 import hashlib
+import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,10 +19,8 @@ from yarl import URL
 from ... import __version__
 from .failures import AccessError, MissingFileError, TransferError, storage_failure
 from .meter import Meter
+from .transfer import CONNECT_S, STALL_S
 
-CONNECT_S: Final = 15.0
-# A connection that is silent for this long is given up and another one tried; the deadline bounds all of them.
-STALL_S: Final = 30.0
 MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 _READ_BYTES: Final = 2**20
@@ -52,7 +51,7 @@ class Answer(NamedTuple):
 class HttpClient:
     """A session; an asynchronous context manager.
 
-    Proxies and, for servers that ask for them, a user and password come from the environment (HTTPS_PROXY, NETRC).
+    Proxies come from the environment (HTTPS_PROXY, NO_PROXY, …); credentials only from the guide.
 
     Args:
         guide: of this kind of server.
@@ -68,7 +67,6 @@ class HttpClient:
             headers={"User-Agent": f"lorikeet/{__version__}", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            trust_env=True,
             read_bufsize=_READ_BYTES,
         )
         return self
@@ -91,8 +89,16 @@ class HttpClient:
         said: dict[str, str] = {}
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                headers = self._guide.headers(url)
-                async with self._session.request(method, url, headers=headers, allow_redirects=False) as response:
+                proxy, for_proxy = _proxy(url)
+                is_tunnel = url.scheme == "https"  # of which the proxy sees only the beginning
+                async with self._session.request(
+                    method,
+                    url,
+                    headers={**self._guide.headers(url), **({} if is_tunnel else for_proxy)},
+                    proxy=proxy,
+                    proxy_headers=for_proxy if is_tunnel else None,
+                    allow_redirects=False,
+                ) as response:
                     said = {name.lower(): value for name, value in response.headers.items()} | said
                     if response.status not in _REDIRECTS:
                         _check_status(response.status)
@@ -170,6 +176,17 @@ class _Output:
             raise storage_failure() from None
 
 
+def _proxy(url: URL) -> tuple[URL | None, Mapping[str, str]]:
+    """The proxy that the environment names for a URL, and headers for it. aiohttp's own way sends NETRC's along."""
+    address = urllib.request.getproxies().get(url.scheme)
+    if not address or (url.host and urllib.request.proxy_bypass(url.host)):
+        return None, {}
+    proxy = URL(address)
+    if proxy.user is None:
+        return proxy, {}
+    return proxy.with_user(None), {"Proxy-Authorization": aiohttp.encode_basic_auth(proxy.user, proxy.password or "")}
+
+
 def _check_status(status: int) -> None:
     if status == 200:
         return
@@ -181,10 +198,10 @@ def _check_status(status: int) -> None:
 
 
 def _target(url: URL, response: aiohttp.ClientResponse) -> URL:
+    location = response.headers.get("Location", "")
     try:
-        # As the server wrote it: it may be signed.
-        target = url.join(URL(response.headers.get("Location", ""), encoded=True))
-        is_usable = target.scheme in ("http", "https") and bool(target.host) and target.user is None
+        target = url.join(URL(location, encoded=True))  # as the server wrote it: it may be signed
+        is_usable = bool(location and target.host) and target.scheme in ("http", "https") and target.user is None
     except ValueError:
         is_usable = False
     if not is_usable:

@@ -1,15 +1,21 @@
 """`http://` and `https://`: a folder's URL, and the files right under it."""
 
+import netrc
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
+import structlog
 from yarl import URL
 
 from ..errors import AdapterSourceError
 from .http_client import HttpClient
 from .locate import RemoteSource
 from .meter import Meter
+
+_log = structlog.get_logger(__name__)
 
 
 class HttpFolder:
@@ -35,13 +41,24 @@ class HttpFolder:
 
 
 class _Origins:
-    """The guide for HTTP servers: redirects stay on those that the operator names (see http_client.Guide)."""
+    """The guide for HTTP servers (see http_client.Guide): redirects stay on those that the operator names.
+
+    User and password come from the file that NETRC names, or ~/.netrc: those of the server that is asked, no others.
+    """
 
     def __init__(self, source: RemoteSource) -> None:
         self._source = source
 
     def headers(self, url: URL) -> Mapping[str, str]:
-        return {}
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        try:
+            login = netrc.netrc(path).hosts.get(url.host or "")
+        except FileNotFoundError:
+            return {}
+        except (OSError, netrc.NetrcParseError):
+            _log.warning("adapter_fetch_netrc_unreadable")
+            return {}
+        return {} if login is None else {"Authorization": aiohttp.encode_basic_auth(login[0], login[2] or "")}
 
     def check_redirect(self, origin: URL, target: URL) -> None:
         is_default = target.explicit_port is None or target.port == {"http": 80, "https": 443}[target.scheme]

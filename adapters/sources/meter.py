@@ -21,19 +21,17 @@ class Meter:
         file: its name.
         uri: of its folder, for messages.
         limit: most bytes that may come.
-        progress_after_s: when to begin to report.
 
     Attributes:
         received: bytes of the attempt under way.
     """
 
-    def __init__(self, file: str, uri: str, limit: int, progress_after_s: float = PROGRESS_AFTER_S) -> None:
+    def __init__(self, file: str, uri: str, limit: int) -> None:
         self.received = 0
         self._file = file
         self._uri = uri
         self._limit = limit
         self._announced: int | None = None
-        self._progress_after_s = progress_after_s
         self._started = time.monotonic()
         self._tenths = 0
 
@@ -72,7 +70,7 @@ class Meter:
         if not self._announced:
             return
         tenths = self.received * 10 // self._announced
-        if tenths > self._tenths and time.monotonic() - self._started >= self._progress_after_s:
+        if tenths > self._tenths and time.monotonic() - self._started >= PROGRESS_AFTER_S:
             _log.info(
                 "adapter_fetch_progress",
                 uri=self._uri,

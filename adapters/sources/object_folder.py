@@ -6,6 +6,7 @@ files, the machine's role, FSSPEC_S3_* and FSSPEC_GS_*).
 """
 
 import errno
+import functools
 import importlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -18,6 +19,7 @@ from ..errors import ServingError
 from .failures import AccessError, MissingFileError, TransferError, storage_failure
 from .locate import RemoteSource
 from .meter import Meter
+from .transfer import CONNECT_S, STALL_S
 
 _log = structlog.get_logger(__name__)
 
@@ -26,8 +28,8 @@ class _Kind(NamedTuple):
     """What differs between the stores.
 
     Attributes:
-        module, name: the class.
-        options: for its constructor.
+        module: to be imported.
+        create: makes the file system.
         fetch_options: for reading a file.
         session: attribute of its session, None before the first request.
         refusals: (module, class) of exceptions that mean: no credentials, or none that work.
@@ -35,19 +37,44 @@ class _Kind(NamedTuple):
     """
 
     module: str
-    name: str
-    options: Mapping[str, Any]
+    create: Callable[[], Any]
     fetch_options: Mapping[str, Any]
     session: str
     refusals: tuple[tuple[str, str], ...]
     mark: Callable[[Mapping[str, Any]], object]
 
 
+def _create_s3() -> Any:
+    session = importlib.import_module("aiobotocore.session").AioSession()
+    session.register_component("data_loader", _s3_models())
+    system = importlib.import_module("s3fs").S3FileSystem(
+        session=session,
+        config_kwargs={"retries": {"total_max_attempts": 1}, "connect_timeout": CONNECT_S, "read_timeout": STALL_S},
+        **_COMMON,
+    )
+    system.retries = 1  # further attempts are made in one place, transfer.py
+    return system
+
+
+@functools.cache
+def _s3_models() -> Any:
+    """What botocore knows of S3. Parsing that, megabytes of JSON, holds up all other threads: once, not each time."""
+    return importlib.import_module("aiobotocore.session").AioSession().get_component("data_loader")
+
+
+def _create_gs() -> Any:
+    aiohttp = importlib.import_module("aiohttp")
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+    # The core class: the one that gcsfs exports first asks a second service over gRPC what kind of bucket it is.
+    return importlib.import_module("gcsfs.core").GCSFileSystem(access="read_only", requests_timeout=timeout, **_COMMON)
+
+
+# Instances belong to one event loop, which ends with the fetch; nothing is listed.
+_COMMON: Final = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
 _KINDS: Final = {
     "s3": _Kind(
         module="s3fs",
-        name="S3FileSystem",
-        options={"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 15, "read_timeout": 30}},
+        create=_create_s3,
         fetch_options={"max_concurrency": 1},
         session="_s3",
         refusals=(
@@ -59,11 +86,9 @@ _KINDS: Final = {
         ),
         mark=lambda info: info.get("ETag"),
     ),
-    # Its core class: the one that gcsfs exports first asks a second service over gRPC what kind of bucket it is.
     "gs": _Kind(
         module="gcsfs.core",
-        name="GCSFileSystem",
-        options={"access": "read_only", "requests_timeout": 30},
+        create=_create_gs,
         fetch_options={"concurrency": 1},
         session="_session",
         refusals=(("google.auth.exceptions", "GoogleAuthError"),),
@@ -99,7 +124,7 @@ class ObjectFolder:
     async def _describe(self, name: str) -> tuple[str | None, int]:
         with self._translated():
             if self._system is None:
-                self._system = self._create_system()  # may ask for credentials, and then blocks this fetch's thread
+                self._system = self._kind.create()  # may ask for credentials, and then blocks this fetch's thread
             info = await self._system._info(f"{self._path}/{name}")
         if info.get("type") != "file":
             raise MissingFileError
@@ -111,12 +136,6 @@ class ObjectFolder:
         session = getattr(self._system, self._kind.session, None)
         if session is not None:
             await session.close()
-
-    def _create_system(self) -> Any:
-        create = getattr(importlib.import_module(self._kind.module), self._kind.name)
-        system = create(asynchronous=True, skip_instance_cache=True, use_listings_cache=False, **self._kind.options)
-        system.retries = 1  # further attempts are made in one place, transfer.py
-        return system
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

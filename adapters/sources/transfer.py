@@ -18,6 +18,9 @@ from .meter import Meter
 GOLDEN_FILE: Final = "lorikeet.golden.safetensors"
 ATTEMPTS: Final = 3
 BACKOFF_S: Final = 0.25
+# A connection that is silent for this long is given up and another one tried; the deadline bounds all of them.
+CONNECT_S: Final = 15.0
+STALL_S: Final = 30.0
 
 _log = structlog.get_logger(__name__)
 

@@ -74,8 +74,8 @@ class SourceUri:
 
 
 def is_uri(text: str) -> bool:
-    """Whether a source names a URI rather than a local path."""
-    return _SCHEME.match(text) is not None
+    """Whether a source names a URI, well-formed or not, rather than a local path."""
+    return "://" in text
 
 
 def parse_uri(text: str) -> SourceUri:
@@ -133,7 +133,8 @@ def _parse(text: str) -> SourceUri:
 
 def _parse_hub(rest: str) -> SourceUri:
     repository, at, revision = rest.partition("@")
-    names = repository.removesuffix("/").split("/") if repository else []
+    repository = repository if at else repository.removesuffix("/")
+    names = repository.split("/") if repository else []
     if len(names) > 2 or not all(_HUB_NAME.fullmatch(n) and "--" not in n and ".." not in n for n in names):
         raise MalformedUriError("must read hf://org/name or hf://org/name@revision")
     if at and (len(names) != 2 or not _REVISION.fullmatch(revision) or ".." in revision):

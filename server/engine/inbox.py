@@ -202,11 +202,10 @@ class Inbox:
         """Refuse a request that is over its adapter's limits, else count its prompt."""
         adapter_id, now = request.adapter_id, self._clock()
         limits = self._limits_of(adapter_id)
-        num_waiting = self._waiting[adapter_id]
-        if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
-            whose = f"adapter {adapter_id!r}" if adapter_id else "the base model"
+        if limits.max_waiting is not None and self._waiting[adapter_id] >= limits.max_waiting:
+            whose = f"Adapter {adapter_id!r}" if adapter_id else "The base model"
             raise AdapterQueueFullError(
-                f"{num_waiting} requests of {whose} are waiting already, which is its limit. Try again later.",
+                f"{whose} has as many requests waiting as may wait ({limits.max_waiting}). Try again later.",
                 {"adapter_id": adapter_id, "max_waiting": str(limits.max_waiting)},
             )
         if limits.tokens_per_minute is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import AdapterRateError
 
 _SECONDS = 60.0  # a bucket holds a minute's tokens
+_ROUNDING = 1e-6  # tokens
 _SMALL = 64
 
 
@@ -85,8 +86,7 @@ class TokenRates:
             return
         bucket.per_minute = per_minute
         bucket.refill(now)
-        if bucket.left < 1:
-            # Rounded up: who comes back after exactly that long must not be a millisecond early.
+        if bucket.left < 1 - _ROUNDING:  # who comes back after exactly the time told is not too early
             retry_after_s = math.ceil((1 - bucket.left) * _SECONDS / per_minute * 1000) / 1000
             whose = f"Adapter {adapter_id!r}" if adapter_id else "The base model"
             raise AdapterRateError(

@@ -207,6 +207,21 @@ def test_unexpected_error_reaches_no_client(make_manager, lora_dir, monkeypatch)
     assert "secret" not in error.value.message and error.value.code == "INTERNAL"
 
 
+def test_bug_in_the_middle_of_a_load_leaves_nothing_loading(make_manager, lora_dir, monkeypatch):
+    manager = make_manager()
+
+    def explode(*args, **kwargs):
+        raise KeyError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager._core.state.store, "put", explode)
+        with pytest.raises(ServingError) as error:
+            manager.load("plain")
+    assert "secret" not in error.value.message and error.value.code == "INTERNAL"
+    assert (manager.get("plain").state, manager.get("plain").error) == (AdapterState.FAILED, error.value.message)
+    assert manager.load("plain").state is AdapterState.READY
+
+
 def test_zero_adapter_is_refused_unless_allowed(make_manager, lora_dir, edit_tensors):
     manager = make_manager()
     edit_tensors(lora_dir, lambda tensors: [t.zero_() for t in tensors.values()])

@@ -246,7 +246,13 @@ def test_failed_replacement_keeps_the_current_version_and_says_so(world):
     world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
     info = find_info(world.registry, "a")
     assert (info.state, info.digest, info.error) == (AdapterState.READY, version.digest, "half a file")
-    world.load("a", "v2")
+
+
+@pytest.mark.parametrize("digest", ["v1", "v2"])
+def test_note_of_a_failed_replacement_goes_with_the_next_load(world, digest):
+    world.load("a", "v1")
+    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
+    world.load("a", digest)
     assert find_info(world.registry, "a").error is None
 
 

@@ -9,15 +9,14 @@ from lorikeet.adapters import watcher as watcher_module
 from lorikeet.adapters.info import AdapterState
 from lorikeet.adapters.watcher import AdapterWatcher
 
-WEIGHTS = "adapter_model.safetensors"
+from .managing import WEIGHTS, checked, wait_until
+
 SETTLE_S = 0.1
 
 
-def wait_until(condition, what, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out: {what}"
-        threading.Event().wait(0.005)
+@pytest.fixture
+def make_manager(make_manager):
+    yield from checked(make_manager)
 
 
 @pytest.fixture

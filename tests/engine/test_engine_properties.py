@@ -11,9 +11,10 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lorikeet.server.engine.limits import AdapterLimits
 from lorikeet.server.engine.request import Finished, FinishReason
 from lorikeet.server.engine.sampling_params import SamplingParams
-from lorikeet.server.errors import QueueFullError
+from lorikeet.server.errors import AdapterQueueFullError, QueueFullError
 
 from .fake_world import VOCAB, Clock, World, expected_tokens, prompt_of, version
 
@@ -27,6 +28,12 @@ PROMPTS = [
     prompt_of(2, 1),
     prompt_of(2, 22),
 ]
+LIMITS = st.builds(
+    AdapterLimits,
+    weight=st.sampled_from([0.001, 1.0, 1.0, 50.0]),
+    max_running=st.sampled_from([None, None, 1, 2]),
+    max_waiting=st.sampled_from([None, None, 2]),
+)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -43,9 +50,10 @@ class EngineMachine(RuleBasedStateMachine):
         spare_budget=st.integers(0, 10),
         prefix_cache=st.sampled_from([True, True, False]),
         watermark=st.sampled_from([0.0, 0.2]),
+        limits=st.dictionaries(st.sampled_from(["", "a", "b", "c"]), LIMITS),
         seed=st.integers(0, 1000),
     )
-    def build(self, num_blocks, num_slots, max_running, spare_budget, prefix_cache, watermark, seed):
+    def build(self, num_blocks, num_slots, max_running, spare_budget, prefix_cache, watermark, limits, seed):
         self.world = World(
             num_blocks=num_blocks,
             num_slots=num_slots,
@@ -58,6 +66,8 @@ class EngineMachine(RuleBasedStateMachine):
             load_steps=seed % 3,
             seed=seed,
             starvation_bound_s=3.0,
+            max_wait_s=5.0,
+            limits=limits,
         )
 
     @rule(
@@ -74,7 +84,7 @@ class EngineMachine(RuleBasedStateMachine):
         client = world.client(list(prompt), params, adapter, None if timeout is None else world.clock() + timeout)
         try:
             world.engine.submit(client.request)
-        except QueueFullError:
+        except (QueueFullError, AdapterQueueFullError):
             world.clients.remove(client)
             if adapter is not None:
                 world.adapters.pins[adapter] -= 1  # as the service does
@@ -87,6 +97,11 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             self.world.engine.step()
             self.world.clock.now += 0.5
+
+    @rule(adapter_id=st.sampled_from(["", "a", "b"]), limits=LIMITS)
+    def change_limits(self, adapter_id, limits):
+        self.world.limits[adapter_id] = limits
+        self.world.engine.limits_changed()
 
     @rule(index=st.integers(0, 40))
     def abort(self, index):

@@ -77,7 +77,7 @@ class Bench:
             self.adapters.slots[slot] = adapter
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     weights=st.tuples(st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.5, 1.0, 4.0])),
     sizes=st.tuples(*[st.tuples(st.integers(1, LONGEST_PROMPT), st.integers(1, LONGEST_OUTPUT))] * 2),
@@ -106,7 +106,7 @@ def test_services_of_two_that_always_wait_differ_by_a_constant(
 
     bound = 2 * max_running * DEAREST / min(weights)
     since: dict[str, float] = {}
-    for _ in range(600):
+    for _ in range(400):
         for which, adapter_id in enumerate(ids):
             # One floods, the other has just enough to wait always.
             while bench.num_waiting.get(adapter_id, 0) < max_running + 1:
@@ -120,7 +120,7 @@ def test_services_of_two_that_always_wait_differ_by_a_constant(
         since = since or dict(bench.service)
         gain = [(bench.service.get(i, 0.0) - since.get(i, 0.0)) / weight[i] for i in ids]
         assert abs(gain[0] - gain[1]) <= bound
-    assert sum(bench.service.values()) > 600  # and it was not for want of service
+    assert sum(bench.service.values()) > 400  # and it was not for want of service
 
 
 def test_weights_divide_the_service():
@@ -194,9 +194,10 @@ def test_debt_is_not_lost_by_ending_all_requests_for_a_moment():
     burst: list[Request] = []
     for _ in range(600):
         if all(request.phase is Phase.FINISHED for request in burst):
-            burst = [bench.add(version("bursts"), 4, 8) for _ in range(4)]
+            burst = [bench.add(version("bursts"), 10, 30) for _ in range(3)]
         bench.step()
-    assert bench.service["bursts"] <= bench.service["steady"] + 2 * 4 * DEAREST
+    one_burst = 3 * (10 * INPUT_TOKEN + 30 * OUTPUT_TOKEN)
+    assert bench.service["bursts"] <= bench.service["steady"] + one_burst
 
 
 def waits_beside_a_flood(flood_rate: int) -> tuple[float, float]:
@@ -301,6 +302,15 @@ def test_nothing_grows_with_the_number_of_adapters_that_were_used():
     while bench.scheduler.running or bench.scheduler.num_waiting:
         bench.step()
     assert not shares._shares and not shares._idle and shares.floor == 0.0
+
+
+def test_whoever_comes_to_an_empty_queue_starts_where_the_last_one_is_now():
+    shares = FairShare(unlimited, 30.0)
+    last = shares.enter("last", 0.0)
+    shares.admit(last)
+    shares.charge(last, 100.0)
+    shares.lift(shares.enter("next", 0.0))
+    assert shares["next"].counter == 100.0
 
 
 def test_counters_kept_for_absent_adapters_are_the_largest_debts():

@@ -126,6 +126,19 @@ async def test_aliases_that_may_not_be_seen_are_left_out_of_descriptions():
         assert list(adapter.aliases) == ["prod"]
 
 
+async def test_alias_gives_nothing_away_about_an_adapter_that_may_not_be_seen():
+    manager = FakeManager([dataclasses.replace(KJV, adapter_id="prod"), OLD_KJV])
+    manager.get = lambda reference: KJV  # what `prod` leads to
+    async with serve(manager, access=OnlyAccess(uses=["prod"], sees=["prod"])) as (_, channel, _):
+        error = await error_of(call(channel, "GetAdapter", adapter_id="prod"))
+        assert (error.code, error.message) == ("NOT_FOUND", "There is no adapter 'prod' that this client may see.")
+        adapter = (await call(channel, "PrefetchAdapter", adapter_id="prod")).adapter
+    # No more than the answer to a request tells: which version it is. And where it is now.
+    assert adapter == pb.Adapter(
+        adapter_id="kjv", version=KJV.digest, state=pb.ADAPTER_STATE_READY, tier=pb.ADAPTER_TIER_DEVICE
+    )
+
+
 async def test_plan_hides_whose_copies_would_go():
     async with serve(access=OnlyAccess(manages=["new"], sees=["devil"])) as (_, channel, _):
         response = await call(channel, "LoadAdapter", adapter_id="new", dry_run=True)

@@ -34,6 +34,7 @@ QUICK = [
     ("SetAlias", {"alias": {"name": "prod", "targets": [{"adapter_id": "kjv"}]}}),
     ("UnpinAdapter", {"adapter_id": "kjv"}),
     ("PrefetchAdapter", {"adapter_id": "kjv"}),
+    ("RollbackAdapter", {"adapter_id": "kjv"}),
     ("UnloadAdapter", {"adapter_id": "kjv"}),
 ]
 

@@ -18,7 +18,13 @@ from lorikeet.adapters.golden import Golden
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.engine.errors import NonFiniteLogitsError
 from lorikeet.server.engine.request import Delta, Failed, Finished, FinishReason, Request
-from lorikeet.server.errors import CancelledError, DrainingError, EngineDeadError, QueueFullError
+from lorikeet.server.errors import (
+    CancelledError,
+    DrainingError,
+    EngineDeadError,
+    PromptTooLongError,
+    QueueFullError,
+)
 from lorikeet.server.proof import GoldenProver
 
 VOCAB = 97
@@ -166,6 +172,14 @@ def test_refused_request_is_given_back_and_the_others_are_aborted(error, at):
         prover(VERSION, file)
     assert engine.aborted == [request.request_id for request in engine.requests[:at]]
     assert engine.pins_left() == 0
+
+
+def test_prompt_that_is_too_long_is_the_files_fault():
+    engine, prover = world(lambda engine, request, index: None)
+    engine.refuse = {1: PromptTooLongError("The prompt has 900 tokens; at most 511 fit.")}
+    with pytest.raises(AdapterInvalidError, match=r"^lorikeet\.golden\.safetensors cannot be replayed here\. .* 900 "):
+        prover(VERSION, golden())
+    assert len(engine.aborted) == 1 and engine.pins_left() == 0
 
 
 @pytest.mark.parametrize("error", [AdapterUnloadedError("gone"), EngineDeadError("dead")], ids=repr)

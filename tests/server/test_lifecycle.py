@@ -16,8 +16,8 @@ from lorikeet.server.lifecycle import serve_until_stopped
 from lorikeet.server.metrics import ServerMetrics
 from prometheus_client import CollectorRegistry
 
+from .fake_manager import FakeManager
 from .fakes import FakeAdapters, FakeEngine, FakeTokenizer, wait_for
-from .test_grpc_server import KJV, FakeManager
 
 
 class Engine(FakeEngine):
@@ -41,7 +41,15 @@ class Engine(FakeEngine):
 
 
 class Manager(FakeManager, FakeAdapters):
-    pins = 0
+    def __init__(self):
+        FakeManager.__init__(self)
+        FakeAdapters.__init__(self)
+
+    def restore(self):
+        self.log.append("restore")
+
+    def finish_restore(self):
+        self.log.append("finish restore")
 
     def start(self):
         self.log = ["start"]
@@ -58,7 +66,8 @@ def app():
         base=SimpleNamespace(
             tokenizer=FakeTokenizer(), vocab_size=100, device="cpu", compute_dtype="torch.float32", nf4_bytes=1000
         ),
-        manager=Manager(KJV),
+        manager=Manager(),
+        state=SimpleNamespace(close=lambda: None),
         watcher=None,
         engine=Engine(),
         max_context=64,
@@ -77,7 +86,7 @@ async def run(app, when_ready):
         await beside
     assert app.engine.log[0] == "start"
     assert app.engine.log[-1] == "stop"
-    assert app.manager.log == ["start", "close"]
+    assert app.manager.log == ["start", "restore", "finish restore", "close"]
     assert threading.active_count() < 20
     return status
 
@@ -160,7 +169,7 @@ async def test_port_in_use_stops_what_was_started(app):
         with pytest.raises(ConfigError, match=str(port)):
             await serve_until_stopped(second, lambda ready: None)
         assert second.engine.log == ["start", "stop"]
-        assert second.manager.log == ["start", "close"]
+        assert second.manager.log == [*app.manager.log, "close"]
         # The second server took the signal handlers away with it; end the first one by its engine.
         app.engine.on_dead(RuntimeError())
 
