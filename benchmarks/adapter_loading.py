@@ -83,19 +83,35 @@ def main() -> int:
         small_share = SMALL_ADAPTERS * small_rank / large[0].rank
         # Room for one large adapter and not for two, beside the small ones.
         budget = round((1.5 + small_share) * packed)
-        settings: dict[str, Any] = {
+        server_settings: dict[str, Any] = {
             "device": options.device,
             "threads": options.threads,
             "adapter_device_bytes": budget,
             "adapter_host_bytes": budget,
             "adapter_store_bytes": round((STORED_LARGE + small_share) * large[0].file_bytes),
         }
-        with local_server(base, adapters, Path(scratch) / "state", **settings) as server:
+        with local_server(base, adapters, Path(scratch) / "state", **server_settings) as server:
             for name in small:
                 server.manager.load(name)
             windows = watch_windows(server, small, large[0], options)
             times = time_loads(server, large, options.loads)
-    report(options, machine, windows, times, large[0].file_bytes, packed, str(compute.dtype).removeprefix("torch."))
+    what = (
+        f"{options.streams} streams, {SMALL_ADAPTERS} adapters of rank {small_rank}; incoming adapters of "
+        f"{large[0].file_bytes / 1e6:.1f} MB (rank {large[0].rank}, {packed / 1e6:.1f} MB on the device)"
+    )
+    settings = {
+        "command": "make bench-loading",
+        "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
+        "adapters": what,
+        "streams": options.streams,
+        "prompt_tokens": options.prompt,
+        "window_s": options.seconds,
+        "rounds": options.rounds,
+        "file_bytes": large[0].file_bytes,
+        "packed_bytes": packed,
+        "compute_dtype": str(compute.dtype).removeprefix("torch."),
+    }
+    report(options.out, machine, settings, windows, times)
     return 0
 
 
@@ -168,18 +184,16 @@ def watch_with_loads(
 
 
 def report(
-    options: argparse.Namespace,
+    out: Path,
     machine: dict[str, Any],
+    settings: dict[str, Any],
     rounds: list[tuple[Window, Window, float]],
     times: LoadTimes,
-    file_bytes: int,
-    packed_bytes: int,
-    dtype: str,
 ) -> None:
     """Print the tables, write JSON and plot."""
     sides = {"quiet": [quiet for quiet, _, _ in rounds], "loading": [loading for _, loading, _ in rounds]}
     loads = Spread.of([number for _, _, number in rounds])
-    rate = Spread.of([number * file_bytes / 1e6 / window.seconds for _, window, number in rounds])
+    rate = Spread.of([number * settings["file_bytes"] / 1e6 / window.seconds for _, window, number in rounds])
     gaps = {
         side: {f"p{p}": Spread.of([w.percentile_ms(p) for w in windows]) for p in (50, 99, 100)}
         for side, windows in sides.items()
@@ -191,21 +205,6 @@ def report(
         for title, p in GAP_RATIOS.items()
     } | {title: ratio(seconds[one], seconds[other]) for title, (one, other) in RATIOS.items()}
 
-    what = (
-        f"{options.streams} streams, {SMALL_ADAPTERS} adapters of rank {SMALL_RANK}; incoming adapters of "
-        f"{file_bytes / 1e6:.1f} MB ({packed_bytes / 1e6:.1f} MB on the device, {dtype})"
-    )
-    settings = {
-        "command": "make bench-loading",
-        "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
-        "streams": options.streams,
-        "prompt_tokens": options.prompt,
-        "window_s": options.seconds,
-        "rounds": options.rounds,
-        "file_bytes": file_bytes,
-        "packed_bytes": packed_bytes,
-        "compute_dtype": dtype,
-    }
     result = {
         "machine": machine,
         "settings": settings,
@@ -225,10 +224,11 @@ def report(
             {"no streams": [spreads[part] for part in PARTS]},
         ),
     ]
-    for path in write_result(options.out, "adapter_loading", result, panels, f"{what}\n{one_line(machine)}"):
+    title = f"{settings['adapters']}\n{one_line(machine)}"
+    for path in write_result(out, "adapter_loading", result, panels, title):
         sys.stdout.write(f"wrote {path}\n")
 
-    lines = [what, one_line(machine), "", f"{'':<36}{'median (min..max)':>24}   goal"]
+    lines = [title, "", f"{'':<36}{'median (min..max)':>24}   goal"]
     lines += [f"{title:<36}{f'{r:.2f}':>24}   {GOALS.get(title, '')}".rstrip() for title, r in ratios.items()]
     lines += ["", f"{'window':<9}{'p50 ms':>24}{'p99 ms':>24}{'longest ms':>24}{'tokens/s':>24}"]
     lines += [

@@ -54,6 +54,7 @@ def _plot(path: Path, panels: Sequence[Panel], title: str) -> None:
             axes.axhline(panel.limit, color="black", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(panel.groups)), panel.groups)
         axes.set_ylabel(panel.label)
+        axes.margins(y=0.25)  # room for the legend above the bars
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.bars) > 1:
             axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""A server in this process for as long as a `with` lasts: the parts of `lorikeet serve` but gRPC. And how to hear it."""
+"""A server in this process for as long as a `with` lasts: the parts of `lorikeet serve` but gRPC. And ears for it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -27,6 +27,7 @@ from .engine.scheduler import Scheduler
 from .lifecycle import Ready, serve_until_stopped
 from .metrics import ServerMetrics
 from .metrics_state import StateCollector
+from .policy.holder import PolicyHolder
 from .proof import GoldenProver
 from .resolve import Compute, resolve_compute, resolve_context, resolve_kv_blocks
 
@@ -43,6 +44,7 @@ class App:
 
     Attributes:
         state: what survives a restart; closed last.
+        policy: who may do what, shares and caps.
         watcher: of the adapter directories; None if there is none.
         max_context: most tokens of prompt plus output.
         registry: all metrics of this server.
@@ -52,6 +54,7 @@ class App:
     base: BaseModel
     manager: AdapterManager
     state: StateDir
+    policy: PolicyHolder
     watcher: AdapterWatcher | None
     engine: Engine
     max_context: int
@@ -93,6 +96,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
     metrics = ServerMetrics(registry, config.metrics_max_adapters)
     max_context = resolve_context(config, base.max_context)
 
+    policy = PolicyHolder(config.policy)
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
         base.site_table,
@@ -129,6 +133,8 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
         manager,
         max_running=config.max_running,
         token_budget=config.step_tokens,
+        limits_of=policy.limits,
+        max_wait_s=config.max_wait_s,
     )
     engine = Engine(
         runner,
@@ -141,6 +147,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
         max_context=max_context,
         max_waiting=config.max_waiting,
     )
+    policy.on_change = engine.limits_changed
     manager.on_version_dropped = engine.on_version_dropped
     manager.prover = GoldenProver(
         engine,
@@ -163,4 +170,4 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
         },
     )
     watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
-    return App(config, base, manager, state, watcher, engine, max_context, metrics, registry)
+    return App(config, base, manager, state, policy, watcher, engine, max_context, metrics, registry)

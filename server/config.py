@@ -142,6 +142,21 @@ class ServerConfig(BaseSettings):
         "Unset: a private one that goes with the process.",
     )
 
+    policy: Path | None = _field(
+        "Policy",
+        None,
+        "TOML file that says who may use and manage which adapter, and each adapter's share and caps; read again on "
+        "SIGHUP. Unset: everybody may do everything, equal shares, no caps.",
+    )
+    max_wait_s: float = _field(
+        "Policy",
+        30.0,
+        "Seconds an adapter may wait without any request of it being admitted before its oldest request goes first, "
+        "whatever the shares say; 0 or more.",
+        ge=0,
+        allow_inf_nan=False,
+    )
+
     kv_cache_bytes: Literal["auto"] | ByteSize = _field(
         "Engine",
         "auto",

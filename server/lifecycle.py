@@ -81,6 +81,7 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
     config = app.config
     signals = _Signals()
     signals.install(loop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, app.policy.reload))
     died = asyncio.Event()
     # Without its engine the server answers nothing; without its adapter loader it would keep requests waiting for ever.
     app.engine.on_dead = lambda error: _on_dead(loop, died, "step thread", error)
@@ -101,8 +102,8 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
 
         prompts = PromptEncoder(app.base.tokenizer, app.base.vocab_size)
         stack.callback(prompts.close)
-        generation = GenerationService(app.engine, app.manager, prompts, EventBridge(loop), app.max_context)
-        adapters = AdapterService(app.manager)
+        generation = GenerationService(app.engine, app.manager, prompts, EventBridge(loop), app.max_context, app.policy)
+        adapters = AdapterService(app.manager, app.policy)
         stack.callback(adapters.close)
 
         metrics_url = None

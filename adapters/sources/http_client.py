@@ -138,14 +138,15 @@ class HttpClient:
         if response.content_length is None and "chunked" not in response.headers.get("Transfer-Encoding", "").lower():
             raise TransferError("the server does not tell how long it is")
         meter.begin(response.content_length)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256() if sha256 is not None else None
         with _Output(target) as output:
             async for chunk in response.content.iter_any():
                 meter.add(len(chunk))
-                digest.update(chunk)
+                if digest is not None:
+                    digest.update(chunk)
                 output.write(chunk)
         meter.finish()
-        if sha256 is not None and digest.hexdigest() != sha256:
+        if digest is not None and digest.hexdigest() != sha256:
             raise TransferError("its SHA-256 is not the one that the server names")
 
 

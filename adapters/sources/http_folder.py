@@ -24,17 +24,23 @@ class HttpFolder:
     def __init__(self, uri: str, client: HttpClient) -> None:
         self._uri = uri
         self._client = client
+        self._marks: dict[str, str | None] = {}  # file -> the header that marks its content
 
     async def fetch(self, name: str, target: Path, meter: Meter) -> str | None:
         """GET one file."""
         async with self._client.request("GET", self._url(name)) as answer:
             await self._client.download(answer, target, meter)
-            return _mark(answer.response.headers)
+            headers = answer.response.headers
+            self._marks[name] = next((header for header in ("ETag", "Last-Modified") if header in headers), None)
+            return headers.get(self._marks[name] or "")
 
     async def mark(self, name: str) -> str | None:
         """HEAD one file."""
+        header = self._marks.get(name)
+        if header is None:
+            return None
         async with self._client.request("HEAD", self._url(name)) as answer:
-            return _mark(answer.response.headers)
+            return answer.response.headers.get(header)
 
     def _url(self, name: str) -> URL:
         return URL(f"{self._uri}/{name}", encoded=True)
@@ -50,12 +56,12 @@ class _Origins:
         self._source = source
 
     def headers(self, url: URL) -> Mapping[str, str]:
-        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
         try:
             login = netrc.netrc(path).hosts.get(url.host or "")
         except FileNotFoundError:
             return {}
-        except (OSError, netrc.NetrcParseError):
+        except (OSError, ValueError, netrc.NetrcParseError):
             _log.warning("adapter_fetch_netrc_unreadable")
             return {}
         return {} if login is None else {"Authorization": aiohttp.encode_basic_auth(login[0], login[2] or "")}
@@ -77,9 +83,3 @@ async def open_http_folder(source: RemoteSource) -> AsyncIterator[HttpFolder]:
     """Open a folder on an HTTP server."""
     async with HttpClient(_Origins(source)) as client:
         yield HttpFolder(source.uri, client)
-
-
-def _mark(headers: Mapping[str, str]) -> str | None:
-    """The entity tag, or else what HTTP servers tell of a file without one."""
-    tag = headers.get("ETag") or " ".join(headers.get(name, "") for name in ("Last-Modified", "Content-Length"))
-    return tag.strip() or None

@@ -10,7 +10,7 @@ from lorikeet.adapters.rules import check_integrity
 
 from .registry_world import World, held_copy
 
-NUM_SLOTS = 3
+NUM_SLOTS = 2
 
 
 class RegistryModel(RuleBasedStateMachine):
@@ -18,7 +18,7 @@ class RegistryModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.world = World(host_budget=40, device_budget=40, max_slots=NUM_SLOTS)
+        self.world = World(host_budget=30, device_budget=30, max_slots=NUM_SLOTS)
         self.registry = self.world.registry
         self.held = []  # versions, once for each request
         self.called = []  # versions, once for each call

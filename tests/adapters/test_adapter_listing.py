@@ -109,7 +109,9 @@ def test_each_id_is_listed_once_whatever_happens_to_it_at_once(world):
     world.registry.begin_load("replaced")
     world.registry.fail_load("again", world.registry.begin_load("again"), AdapterInvalidError("broken"))
     world.registry.begin_load("again")
-    assert lines(listed(world)) == [("again", "", "loading"), ("replaced", "d1", "ready")]
+    world.registry.fail_load("better", world.registry.begin_load("better"), AdapterInvalidError("broken"))
+    world.load("better")
+    assert lines(listed(world)) == [("again", "", "loading"), ("better", "d1", "ready"), ("replaced", "d1", "ready")]
 
 
 def test_failures_carry_their_reason(world):

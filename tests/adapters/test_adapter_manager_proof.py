@@ -1,14 +1,12 @@
 """Replaying a golden file at load: on the version itself, before requests can name it, and its result is heeded."""
 
 import pytest
-from lorikeet.adapters import reader
+import torch
 from lorikeet.adapters.errors import AdapterNotFoundError, AdapterProofError, AdapterUnloadedError, ServingError
-from lorikeet.adapters.golden import GOLDEN_FILE
+from lorikeet.adapters.golden import GOLDEN_FILE, Golden, serialize_golden
 from lorikeet.adapters.info import AdapterState, Tier
 
-from .managing import PLAIN_BYTES, Gate, activate, checked, serve, start
-
-GOLDEN = object()
+from .managing import PLAIN_BYTES, Gate, activate, checked, digest_of, serve, start
 
 
 @pytest.fixture
@@ -17,10 +15,21 @@ def make_manager(make_manager):
 
 
 @pytest.fixture
-def manager(make_manager, lora_dir, monkeypatch):
-    """The adapter carries a golden file."""
-    (lora_dir / GOLDEN_FILE).write_bytes(b"what read_golden would parse")
-    monkeypatch.setattr(reader, "read_golden", lambda *args, **kwargs: GOLDEN)
+def change(lora_dir, edit_config):
+    """change(alpha): make the folder another version that carries a golden file; returns its digest."""
+
+    def change(alpha):
+        edit_config(lora_dir, lora_alpha=alpha)
+        golden = Golden(digest_of(lora_dir), ((1, 2, 3), (4,)), torch.randn(2, 64), 0.1, "this test")
+        (lora_dir / GOLDEN_FILE).write_bytes(serialize_golden(golden))
+        return golden.digest
+
+    return change
+
+
+@pytest.fixture
+def manager(make_manager, change):
+    change(1)
     return make_manager()
 
 
@@ -35,7 +44,7 @@ def test_version_is_proven_before_requests_get_it(manager):
     seen = []
 
     def prove(version, golden):
-        assert golden is GOLDEN
+        assert golden.digest == version.digest and golden.prompts == ((1, 2, 3), (4,))
         for reference in ("plain", f"plain@{version.digest}"):
             with pytest.raises(AdapterNotFoundError):
                 manager.resolve(reference)
@@ -47,11 +56,26 @@ def test_version_is_proven_before_requests_get_it(manager):
     info = manager.load("plain")
     assert (info.proof, info.state) == ("4 prompts, largest difference 0.001", AdapterState.READY)
     assert seen == [[AdapterState.LOADING]] and serve(manager, "plain").digest == info.digest
-    manager.load("plain")
-    assert len(seen) == 1, "the same content is proven once"
 
 
-def test_version_whose_proof_fails_is_refused_and_the_old_one_served(manager, lora_dir, edit_config):
+def test_golden_file_that_comes_later_is_replayed_although_the_content_is_known(manager, change):
+    digest = manager.load("plain").digest
+    proofs = iter(["fine", "fine again"])
+    manager.prover = lambda version, golden: next(proofs)
+    assert [manager.load("plain").proof for _ in range(2)] == ["fine", "fine again"]
+
+    def refuse(version, golden):
+        assert manager.get("plain").digest == version.digest, "served meanwhile"
+        raise AdapterProofError("The logits are off.")
+
+    manager.prover = refuse
+    with pytest.raises(AdapterProofError):
+        manager.load("plain")
+    info = manager.get("plain")
+    assert (info.digest, info.state, info.error) == (digest, AdapterState.READY, "The logits are off.")
+
+
+def test_version_whose_proof_fails_is_refused_and_the_old_one_served(manager, change):
     old = manager.load("plain").digest
 
     def refuse(version, golden):
@@ -59,7 +83,7 @@ def test_version_whose_proof_fails_is_refused_and_the_old_one_served(manager, lo
         raise AdapterProofError("The logits are off.")
 
     manager.prover = refuse
-    edit_config(lora_dir, lora_alpha=5)
+    change(5)
     with pytest.raises(AdapterProofError):
         manager.load("plain")
     info = manager.get("plain")
@@ -96,11 +120,11 @@ def test_unload_during_the_proof_wins(manager):
     assert manager.list() == [] and manager.store.used_bytes == 0
 
 
-def test_rolled_back_version_is_proven_again(manager, lora_dir, edit_config):
+def test_rolled_back_version_is_proven_again(manager, change):
     """Its files are what was proven; the base, or this server, may not be."""
     proven = []
     manager.prover = lambda version, golden: proven.append(version.digest) or "fine"
     first = manager.load("plain").digest
-    edit_config(lora_dir, lora_alpha=5)
+    change(5)
     second = manager.load("plain").digest
     assert manager.rollback("plain").proof == "fine" and proven == [first, second, first]

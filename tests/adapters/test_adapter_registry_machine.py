@@ -263,6 +263,11 @@ class RegistryMachine(RegistryModel):
             self.registry.abandon_device(version)
             self.drop(version, may_pass=end == "out of memory")
 
+    @precondition(lambda self: self.registry.records)
+    @rule(data=st.data())
+    def fail_version(self, data):
+        self.drop(data.draw(st.sampled_from(sorted(self.registry.records, key=str))), may_pass=False)
+
     def drop(self, version, *, may_pass):
         """A version cannot be served; if that may pass, one that requests can name gets an heir."""
         was_known = version in self.registry.records and version not in self.dropped
@@ -317,4 +322,4 @@ class RegistryMachine(RegistryModel):
 
 
 TestRegistryMachine = RegistryMachine.TestCase
-TestRegistryMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestRegistryMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

@@ -180,8 +180,9 @@ def test_current_version_that_an_alias_keeps_needs_room_beside_the_one_that_repl
     version = world.load("a", "v1", size=12)
     world.registry.pin("a", Tier.DEVICE)
     assert world.can_load("a", 12)
+    world.load("b", size=10)
     world.set_alias("prod", version)
-    assert world.can_load("a", 10) and not world.can_load("a", 12)
+    assert world.can_load("a", 10) and not world.can_load("a", 12), "one of the two that are not pinned at a time"
 
 
 def test_stored_version_needs_room_beside_the_pinned_one_of_its_adapter_before_an_alias_leads_to_it():

@@ -124,6 +124,7 @@ def test_copy_of_a_pinned_adapter_is_never_evicted_from_its_tier():
     pinned, other, new = world.load("pinned"), world.load("other"), world.load("new")
     world.registry.pin("pinned", Tier.DEVICE)
     world.serve_wishes()
+    world.end_leases()
     world.end(world.run("other"))
     world.end(world.run("new"))
     assert [world.tier(v) for v in (pinned, other, new)] == [Tier.DEVICE, Tier.HOST, Tier.DEVICE]
@@ -191,6 +192,29 @@ def test_copy_beside_one_on_the_device_goes_before_a_last_copy():
     third = world.load("third")
     assert held_copy(world.record(both)) == {Tier.DEVICE} and held_copy(world.record(last)) == {Tier.HOST}
     assert world.tier(third) is Tier.HOST
+
+
+def test_copy_beside_one_on_the_device_goes_before_a_last_copy_that_waiting_requests_could_push_out():
+    world = World(host_budget=20)
+    world.load("waiting")
+    last = world.load("last")
+    world.resolve("last")
+    both = world.load("both")
+    world.run("both")
+    waiting = world.resolve("waiting")
+    assert world.tier(waiting) is Tier.DISK and world.registry.claim_host(waiting, urgent=True)
+    assert held_copy(world.record(both)) == {Tier.DEVICE} and held_copy(world.record(last)) == {Tier.HOST}
+
+
+def test_device_copy_beside_one_in_host_memory_goes_before_a_last_copy():
+    world = World(host_budget=20, device_budget=20)
+    last, both = world.load("last"), world.load("both")
+    for version in (world.run("last"), world.run("both")):
+        world.registry.deactivate(version)  # preempted
+    third = world.load("third")  # takes the host copy of the one used longest ago
+    assert held_copy(world.record(last)) == {Tier.DEVICE}
+    assert world.registry.claim_device(third, world.now)
+    assert held_copy(world.record(last)) == {Tier.DEVICE} and held_copy(world.record(both)) == {Tier.HOST}
 
 
 def test_host_copy_that_is_being_copied_from_stays():

@@ -4,6 +4,6 @@ import os
 from typing import Final
 
 TOTAL_S: Final = float(os.environ.get("LORIKEET_SOAK_SECONDS") or 60)
-KILL_S: Final = TOTAL_S / 3
+KILL_S: Final = TOTAL_S / 2
 IN_PROCESS_S: Final = TOTAL_S - KILL_S
 WARM_UP_S: Final = IN_PROCESS_S / 4

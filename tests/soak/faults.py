@@ -22,8 +22,8 @@ from .contents import WEIGHTS
 PROBABILITIES: Final = {
     "read": 0.01,  # EIO in a read of a weights file
     "short read": 0.05,  # a read returns less than was asked for
-    "device": 0.02,  # OutOfMemory while a version is copied to the device
-    "store": 0.03,  # ENOSPC in the version store, after half of a file
+    "device": 0.04,  # OutOfMemory while a version is copied to the device
+    "store": 0.05,  # ENOSPC in the version store, after half of a file
     "slow commit": 0.1,
 }
 SLOW_COMMIT_S: Final = 0.05

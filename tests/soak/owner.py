@@ -189,7 +189,9 @@ class Owner(Actor):
 
     def _unpin(self, adapter_id: str) -> None:
         owned = self.owned[adapter_id]
-        info = self.attempt("unpin", lambda: self.manager.unpin(adapter_id), set() if owned.current else {NOT_FOUND})
+        # What is pinned can be unpinned, also when it has failed.
+        allowed = set() if owned.pinned or (owned.current and not self.world.was_lost(adapter_id)) else {NOT_FOUND}
+        info = self.attempt("unpin", lambda: self.manager.unpin(adapter_id), allowed)
         if not isinstance(info, ServingError):
             owned.pinned = None
             if info.pinned is not None:

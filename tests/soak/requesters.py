@@ -135,7 +135,7 @@ class Requester(Actor):
             if version is not None:
                 self.world.app.manager.release(version)
             too_long = len(tokens) > 1000
-            allowed = {"PROMPT_TOO_LONG"} if too_long else {"QUEUE_FULL", "DRAINING"}
+            allowed = {"PROMPT_TOO_LONG"} if too_long else {"QUEUE_FULL"}
             self.world.check_reason("request", error.reason, error.message, allowed)
 
     def _resolve(self) -> AdapterVersion | ServingError:
@@ -194,7 +194,7 @@ class Requester(Actor):
 
     def _allowed(self, ticket: Ticket) -> set[str]:
         """Reasons for which it may have failed."""
-        allowed = {"DRAINING"} if self.world.app.engine.stats().state != "serving" else set()
+        allowed = set[str]()
         if ticket.is_cancelled or ticket.deaf_after is not None:
             allowed.add("CANCELLED")
         if ticket.deadline is not None:

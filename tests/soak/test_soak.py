@@ -43,7 +43,7 @@ SHARED, SHARED_ALIASES = ["w0", "w1"], ["q0"]
 SETTINGS: dict[str, Any] = {
     "adapter_device_bytes": 400 * 2**10,
     "adapter_host_bytes": 640 * 2**10,
-    "adapter_store_bytes": 700 * 2**10,
+    "adapter_store_bytes": 360 * 2**10,
     "adapter_slots": 7,
     "adapter_drain_timeout_s": 1.0,
     "kv_cache_bytes": 24 * 16 * 2**10,
@@ -55,6 +55,7 @@ SETTINGS: dict[str, Any] = {
 # The allocator keeps some of what many threads took for a while; what grows with time would go beyond any bound.
 RSS_BOUND = 16 * 2**20
 OBJECTS_BOUND = 1000
+CLOSE_AFTER_S = 3.0
 CHECK_EVERY_S = 0.25
 QUIET_CHECK_EVERY_S = 6.0
 
@@ -184,3 +185,42 @@ def check_returned(start: Footprint, end: Footprint) -> None:
     assert all(end.threads[name] == start.threads[name] for name in (start.threads | end.threads).keys() - pools)
     assert end.files == start.files
     assert end.rss_bytes - start.rss_bytes < RSS_BOUND
+
+
+@pytest.mark.timeout(120)
+def test_closing_under_load(
+    tiny_model: Path,
+    tmp_path: Path,
+    soak_contents: list[Content],
+    soak_references: References,
+    soak_seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With every kind of call under way: each ends, with an answer or an error that says why, and so do all threads."""
+    with watched_logs() as logs:
+        faults = Faults(monkeypatch, soak_seed)
+        with soaking(tiny_model, tmp_path, soak_contents, soak_references, faults, logs) as world:
+            actors = make_actors(world, soak_seed)
+            for actor in actors:
+                actor.start()
+            world.stopping.wait(CLOSE_AFTER_S)
+            world.is_closing = True
+            world.app.engine.drain(0.1)
+            world.watcher.close()
+            world.app.engine.stop()
+            world.app.manager.close()
+            world.app.state.close()
+            world.stopping.wait(0.5)
+            world.stopping.set()
+            for actor in actors:
+                actor.join(30)
+            assert not any(actor.is_alive() for actor in actors), "a call never ended"
+            for actor in actors:
+                if isinstance(actor, Requester):
+                    actor.check_ended()
+            assert world.problems == []
+            assert world.live == 0
+            core = world.app.manager._core
+            assert not any(r.in_flight or r.holds or r.active for r in core.registry.records.values())
+            check_registry(world)
+    assert logs.unexpected == []

@@ -1,5 +1,6 @@
 """A tiny NF4 base, adapters of many kinds made by PEFT, and what PEFT answers with each; servers on copies of them."""
 
+import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,15 +10,16 @@ from typing import Any, Final, NamedTuple
 import pytest
 import torch
 from lorikeet.server.app import App
+from lorikeet.server.engine.request import Event, Request
 from peft import LoraConfig
 
+from ..adapters.managing import Gate
 from ..base.family_models import VOCAB, save_family
 from ..golden.in_process import Answer, Call, greedy_params, serving
 from ..golden.peft_oracle import Oracle, Recipe
 
 # Two tokens closer than this in PEFT's logits may swap.
 NEAR_TIE: Final = 1e-3
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMMON: Final[dict[str, Any]] = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
 
 RECIPES: Final = (
@@ -119,7 +121,30 @@ def answer(app: App, adapter: str, prompt: list[int], count: int = 8) -> Answer:
     return result
 
 
-def begun(running: Call) -> list[int]:
-    """Wait until a call has got its first tokens; `result` returns the others."""
-    event = running._events.get(timeout=60)
-    return list(event.token_ids)
+class HeldCall(Call):
+    """A greedy request that is in the middle of its answer, with the step thread held up, until its `with` ends.
+
+    Attributes:
+        count: tokens that it asks for.
+    """
+
+    def __init__(self, app: App, adapter: str, prompt: list[int], count: int = 12) -> None:
+        self.count = count
+        self._gate = Gate()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        version = app.manager.resolve(adapter) if adapter else None
+        name = f"held-{next(_numbers)}"
+        self.request = Request(name, list(prompt), greedy_params(count), version, self._emit)
+        app.engine.submit(self.request)
+        self._gate.wait_reached()
+
+    def __enter__(self) -> "HeldCall":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.open()
+
+    def _emit(self, event: Event) -> None:
+        self._events.put(event)
+        if len(self.request.output_token_ids) >= 3:
+            self._gate.pass_through()

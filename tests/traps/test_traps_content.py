@@ -13,7 +13,8 @@ from lorikeet.adapters.errors import (
 from lorikeet.adapters.info import AdapterState
 from safetensors.torch import load_file, save_file
 
-from .conftest import CONFIG, WEIGHTS, answer, call
+from ..adapters.managing import CONFIG, WEIGHTS
+from .conftest import answer, call
 
 
 def edit_config(folder, **changes):

@@ -1,5 +1,6 @@
 """A local HTTP server whose answers a test writes, also wrong ones, and what it was asked."""
 
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,22 +38,34 @@ class Handler(BaseHTTPRequestHandler):
 Route = Callable[[Handler], None]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # the client went away, as it should
+            super().handle_error(request, client_address)
+
+
 class FaultServer:
     """Answers on 127.0.0.1 from `routes`, decoded path -> route; everything else is 404. A context manager.
+
+    Args:
+        tls: server-side context for https://; None: http://.
 
     `stopping` is set when the server is to end: a route that waits, waits for that.
     """
 
-    def __init__(self):
+    def __init__(self, tls=None):
         self.routes: dict[str, Route] = {}
         self.requests: list[Request] = []
         self.stopping = threading.Event()
         handler = type("OwnedHandler", (Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
+        self._server = _Server(("127.0.0.1", 0), handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self.authority = f"127.0.0.1:{self._server.server_port}"
-        self.url = f"http://{self.authority}"
+        self.url = f"http{'s' if tls else ''}://{self.authority}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
     def __enter__(self):

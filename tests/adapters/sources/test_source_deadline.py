@@ -2,11 +2,14 @@
 
 import asyncio
 import io
+import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
-from lorikeet.adapters.errors import AdapterUnreadableError
+from lorikeet.adapters.errors import AdapterUnreadableError, ServingError
 from lorikeet.adapters.sources import bounded, http_client
 from lorikeet.adapters.sources.bounded import BoundedRun, StoppedError
 from lorikeet.adapters.sources.locate import SourcePolicy, locate
@@ -119,6 +122,34 @@ def test_directory_goes_also_when_its_user_fails(server, make_fetcher, small_fil
         assert directory.stat().st_mode & 0o077 == 0
         raise ZeroDivisionError
     assert not directory.exists()
+
+
+def test_nothing_is_left_of_many_downloads_that_fail_in_many_ways(server, make_fetcher, small_files):
+    routes = [*NEVER_ENDING.values(), servers.endless(), servers.hang_up(), servers.redirect("/"), servers.status(404)]
+    for number, route in enumerate(routes):
+        server.serve(f"/{number}", small_files)
+        server.routes[f"/{number}/{WEIGHTS}"] = route
+    policy = SourcePolicy([], [server.url])
+    fetcher = make_fetcher(timeout_s=DEADLINE_S, max_bytes=2**20)
+
+    def load(number):
+        source = locate(policy, "a", f"{server.url}/{number % len(routes)}")
+        with pytest.raises(ServingError), fetcher.fetch(source):
+            pass
+
+    def count_loops():
+        return sum(os.readlink(entry.path) == "anon_inode:[eventpoll]" for entry in os.scandir("/proc/self/fd"))
+
+    before = count_loops()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load, range(2 * len(routes))))
+    for thread in threading.enumerate():
+        if thread.name == "adapter-fetch":
+            thread.join(30)  # it closes its loop just after the caller goes on
+            assert not thread.is_alive()
+    connections = psutil.Process().net_connections("tcp4")
+    assert [c for c in connections if c.raddr and c.raddr.port == int(server.authority.split(":")[1])] == []
+    assert count_loops() == before
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -72,15 +72,6 @@ def test_refused_access_names_the_servers_environment(server, fetch, small_files
         fetch(url)
 
 
-def test_credentials_come_from_the_environment(server, fetch, small_files, monkeypatch, tmp_path):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login lory password seeds\n")
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    server.serve("/a", small_files)
-    assert fetch(f"{server.url}/a") == small_files
-    assert server.requests[0].headers["authorization"] == "Basic bG9yeTpzZWVkcw=="
-
-
 @pytest.mark.parametrize(
     "failure",
     [
@@ -175,72 +166,6 @@ def test_limit_is_for_all_files_together(server, fetch, small_files):
         fetch(f"{server.url}/a", max_bytes=size - 1)
 
 
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("absolute", [True, False])
-def test_redirect_on_the_same_server_is_followed(server, fetch, small_files, code, absolute):
-    target = f"/stored/{WEIGHTS}?signature=s%2Fecret"
-    url = broken_weights(server, small_files, servers.redirect((server.url if absolute else "") + target, code))
-    server.serve("/stored", small_files)
-    assert fetch(url) == small_files
-
-
-def test_redirect_to_another_host_is_refused_and_not_asked(server, other_server, fetch, small_files):
-    elsewhere = f"{other_server.url}/latest/meta-data?token=secret"
-    url = broken_weights(server, small_files, servers.redirect(elsewhere))
-    with pytest.raises(AdapterSourceError, match="--adapter-sources") as error:
-        fetch(url)
-    assert other_server.authority in error.value.message
-    assert "secret" not in error.value.message
-    assert other_server.requests == []
-
-
-def test_redirect_to_another_host_that_is_allowed_is_followed(server, other_server, fetch, small_files):
-    url = broken_weights(server, small_files, servers.redirect(f"{other_server.url}/x/{WEIGHTS}"))
-    other_server.serve("/x", small_files)
-    assert fetch(url, allowed=[server.url, f"{other_server.url}/elsewhere/"]) == small_files
-
-
-@pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "gopher://127.0.0.1/", "http://user:pw@127.0.0.1/", "http://", "http://[::1", ""]
-)
-def test_redirect_to_something_else_than_http_fails(server, fetch, small_files, target):
-    url = broken_weights(server, small_files, servers.redirect(target))
-    with pytest.raises((AdapterUnreadableError, AdapterSourceError)) as error:
-        fetch(url)
-    assert "pw" not in error.value.message
-
-
-def test_redirects_in_a_circle_end(server, fetch, small_files):
-    url = broken_weights(server, small_files, servers.redirect(f"/a/{WEIGHTS}"))
-    with pytest.raises(AdapterUnreadableError, match="redirected more than"):
-        fetch(url)
-
-
-def test_credentials_of_one_server_are_not_sent_to_another(
-    server, other_server, fetch, small_files, monkeypatch, tmp_path
-):
-    other_url = other_server.url.replace("127.0.0.1", "localhost")
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login lory password seeds\n")
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    url = broken_weights(server, small_files, servers.redirect(f"{other_url}/{WEIGHTS}"))
-    other_server.serve("", small_files)
-    assert fetch(url, allowed=[server.url, other_url]) == small_files
-    assert "authorization" in server.requests[0].headers
-    assert all("authorization" not in request.headers for request in other_server.requests)
-
-
-def test_proxy_of_the_environment_is_used(server, fetch, small_files, monkeypatch):
-    server.serve("/a", small_files)
-    monkeypatch.setenv("http_proxy", f"http://lory:seeds@{server.authority}")
-    assert fetch("http://adapters.invalid/a") == small_files
-    assert server.requests[0].headers["host"] == "adapters.invalid"
-    assert server.requests[0].headers["proxy-authorization"] == "Basic bG9yeTpzZWVkcw=="
-    monkeypatch.setenv("no_proxy", "adapters.invalid")
-    with pytest.raises(AdapterUnreadableError, match="connection failed"):
-        fetch("http://adapters.invalid/a")
-
-
 @pytest.mark.parametrize("replaced", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("header", ["ETag", "Last_Modified"])
 def test_file_replaced_while_others_are_fetched_is_noticed(server, fetch, small_files, replaced, header):
@@ -258,6 +183,15 @@ def test_file_removed_while_others_are_fetched_is_noticed(server, fetch, small_f
     server.routes[f"/a/{CONFIG}"] = servers.in_turn(route, servers.status(404))
     with pytest.raises(AdapterUnreadableError, match="changed while"):
         fetch(f"{server.url}/a")
+
+
+def test_files_without_marks_or_with_others_than_before_are_not_taken_for_changed(server, fetch, small_files):
+    config, weights = small_files[CONFIG], small_files[WEIGHTS]
+    tagged, dated = servers.content(config, ETag='"x"'), servers.content(config, Last_Modified="today")
+    server.routes[f"/a/{CONFIG}"] = servers.in_turn(tagged, dated)
+    server.routes[f"/a/{WEIGHTS}"] = servers.chunked(weights)
+    assert fetch(f"{server.url}/a") == small_files
+    assert server.paths("HEAD") == [f"/a/{CONFIG}"]
 
 
 def test_server_without_head_requests_is_served(server, fetch, small_files):

@@ -139,12 +139,17 @@ MALFORMED = """
     https://host/x? https://host/x# https://host/%41 https://host/x;y https://host/?sig=secret
     hf://org/name@ hf://org/name@a/b hf://org/name@refs/pr/1 hf://org/name@a@b hf://@v1 hf://org@v1 hf://org/name@v..1
     hf://org/na--me hf://org/.. hf://org/na..me hf://user:pw@org/name hf://org//x hf://org/name/@v1
-""".split()
+"""
 
 
 @pytest.mark.parametrize(
     "uri",
-    [*MALFORMED, "https://ho st/x", "\nhttps://user:pw@host/x", *("https://host/" + "x" * n for n in (256, 2000))],
+    [
+        *MALFORMED.split(),
+        "https://ho st/x",
+        "\nhttps://user:pw@host/x",
+        *("https://host/" + "x" * n for n in (256, 2000)),
+    ],
 )
 def test_malformed_uris_are_refused_and_not_repeated(uri):
     with pytest.raises(AdapterSourceError) as error:
