@@ -90,7 +90,7 @@ def main() -> int:
             "adapter_host_bytes": budget,
             "adapter_store_bytes": round((STORED_LARGE + small_share) * large[0].file_bytes),
         }
-        with local_server(base, adapters, Path(scratch) / "state", **server_settings) as server:
+        with local_server(options.model, adapters, Path(scratch) / "state", **server_settings) as server:
             for name in small:
                 server.manager.load(name)
             windows = watch_windows(server, small, large[0], options)

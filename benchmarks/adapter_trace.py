@@ -114,7 +114,7 @@ def main() -> int:
         budget = budget_bytes(options, per_rank)
         replayers: dict[int, TraceReplayer] = {}
         for number in numbers:
-            server = servers.enter_context(start(base, adapters, Path(scratch) / f"state-{number}", budget, options))
+            server = servers.enter_context(start(adapters, Path(scratch) / f"state-{number}", budget, options))
             load_all(server, adapters, ids[:number])
             sys.stderr.write(f"  {number} adapters are known to their server\n")
             replayers[number] = TraceReplayer(server, ids, options.running)
@@ -157,11 +157,11 @@ def budget_bytes(options: argparse.Namespace, per_rank: int) -> int:
 
 
 def start(
-    base: Path, adapters: Path, state_dir: Path, budget: int, options: argparse.Namespace
+    adapters: Path, state_dir: Path, budget: int, options: argparse.Namespace
 ) -> contextlib.AbstractContextManager[App]:
     """A server with that much memory for adapters in either tier."""
     return local_server(
-        base,
+        options.model,
         adapters,
         state_dir,
         device=options.device,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.server.app import App, assemble
+from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.metrics import ServerMetrics
@@ -13,18 +14,24 @@ from lorikeet.server.resolve import resolve_compute
 
 
 @contextmanager
-def local_server(base: Path, adapters: Path, state_dir: Path, **settings: Any) -> Iterator[App]:
+def local_server(base: Path | None, adapters: Path, state_dir: Path, **settings: Any) -> Iterator[App]:
     """A started server. Adapter folders are not watched: whoever measures says what is loaded when.
 
     Args:
-        base: the base model's directory.
+        base: the base model's directory; None: the demo base, whose quantized form is kept in the cache.
         adapters: directory that adapters may be loaded from.
         state_dir: made if missing; of this server alone.
         settings: further ones; see `lorikeet serve --help`.
     """
-    config = ServerConfig(model=str(base), adapters=(adapters,), state_dir=state_dir, metrics=False, **settings)
+    config = ServerConfig(adapters=(adapters,), state_dir=state_dir, metrics=False, **settings)
     compute = resolve_compute(config)
-    model = load_base(str(base), device=compute.device, compute_dtype=compute.dtype, progress=False)
+    model = load_base(
+        str(base or prepare_demo_base(config.cache_dir)),
+        device=compute.device,
+        compute_dtype=compute.dtype,
+        cache_dir=None if base else config.cache_dir,
+        progress=False,
+    )
     app = assemble(config, compute, model)
     app.manager.start()
     app.engine.start()

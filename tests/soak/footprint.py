@@ -28,6 +28,8 @@ class Footprint:
 
     Attributes:
         rss_bytes: resident, after the allocator gave back what it could.
+        malloc_bytes: what the C library's allocator has handed out and not got back; tensors are among it. 0 where that
+            is not known.
         objects: of the classes that requests and adapters are made of, by name.
         num_objects: everything that the garbage collector knows.
         threads: by name, without numbers, and without the soak's own.
@@ -35,6 +37,7 @@ class Footprint:
     """
 
     rss_bytes: int
+    malloc_bytes: int
     objects: Counter[str]
     num_objects: int
     threads: Counter[str]
@@ -58,7 +61,35 @@ def measure() -> Footprint:
     del everything
     names = [thread.name for thread in threading.enumerate() if not thread.name.startswith("soak-")]
     threads = Counter(re.sub(r"\d+", "N", name) for name in names)
-    return Footprint(rss_bytes(), objects, num_objects, threads, Counter(_open_files()))
+    return Footprint(rss_bytes(), _malloc_bytes(), objects, num_objects, threads, Counter(_open_files()))
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def _malloc_bytes() -> int:
+    if not hasattr(_LIBC, "mallinfo2"):
+        return 0
+    _LIBC.mallinfo2.restype = _MallInfo
+    info = _LIBC.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _open_files() -> list[str]:
