@@ -29,7 +29,7 @@ from .publishing import Intent
 from .record import Record
 from .reference import parse_reference
 from .rules import check_room, check_unload
-from .state.database import SavedAlias
+from .state.database import SavedAdapter, SavedAlias
 
 # How long a call waits for a tier when it has no deadline of its own.
 PATIENCE_S: Final = 300.0
@@ -85,7 +85,8 @@ class AdapterAdministration:
                 record = registry.current.get(adapter_id)
                 known = record is not None or adapter_id in registry.loading or adapter_id in registry.failed
                 is_held = adapter_id in registry.pins or bool(registry.aliases.names_of_adapter(adapter_id))
-            if saved is not None and saved.by_call and record is not None and record.origin.directory != directory:
+            is_own = record is not None and _is_from(record, saved, directory)
+            if saved is not None and saved.by_call and record is not None and not is_own:
                 core.state.database.save(dataclasses.replace(saved, folder_digest=""))
                 return
             if record is not None and is_held:
@@ -96,7 +97,7 @@ class AdapterAdministration:
             core.state.database.delete(adapter_id)
             with core.changed:
                 registry.pin(adapter_id, None)  # of one that failed, so that a later folder of its name does not get it
-            if not known or (record is not None and record.origin.directory != directory):
+            if not known or (record is not None and not is_own):
                 return
             with core.changed:
                 registry.unload(adapter_id, core.drain_until())
@@ -334,6 +335,13 @@ def _alias(name: str, records: Sequence[Record], weights: Sequence[float]) -> Al
             raise AdapterDigestError(f"Alias {name!r} names {record.version} twice; give each version one weight.")
         targets.append(target)
     return AliasInfo(name, tuple(targets))
+
+
+def _is_from(record: Record, saved: SavedAdapter | None, directory: Path) -> bool:
+    """Whether a version was loaded from a watched folder; after a restart it may have come from its kept files."""
+    if saved is not None and not saved.source and saved.folder_digest == saved.digest == record.version.digest:
+        return True
+    return record.origin.directory == directory
 
 
 def _deadline(timeout_s: float | None) -> float:

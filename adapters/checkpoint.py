@@ -81,11 +81,15 @@ def load_checkpoint(
 
     Raises:
         AdapterMemoryError: more than max_elements.
-        AdapterInvalidError: missing, truncated, malformed, non-finite or pickled.
+        AdapterInvalidError: missing, truncated, malformed, non-finite, pickled, or changed while it was read.
         AdapterIncompatibleError: well-formed, but not servable on this base; names the field or tensor.
     """
-    config_bytes, config = read_config(directory, roots)
+    with open_contained(directory, CONFIG_FILE, roots) as file:
+        stamps = {CONFIG_FILE: _stamp(os.fstat(file.fileno()))}
+        config_bytes = _read_config(file)
+    config = parse_config(config_bytes)
     with open_weights(directory, roots) as file:
+        stamps[WEIGHTS_FILE] = _stamp(os.fstat(file.fileno()))
         header = read_header(file)
         groups = match_sites(group_tensors(header.tensors, config), config, sites, base)
         elements = count_elements({module: group.scaling for module, group in groups.items()}, sites)
@@ -96,6 +100,8 @@ def load_checkpoint(
         digest = new_digest()
         digest.update(config_bytes)
         payload = read_payload(file, header, digest)
+    for name, stamp in stamps.items():
+        _check_unchanged(directory, name, stamp)
     modules = {module: read_module(group, payload) for module, group in groups.items()}
     files = {CONFIG_FILE: (config_bytes,), WEIGHTS_FILE: (header.raw, payload)}
     return Checkpoint(config, digest.hexdigest(), modules, files)
@@ -104,11 +110,35 @@ def load_checkpoint(
 def read_config(directory: Path, roots: Sequence[Path] = ()) -> tuple[bytes, AdapterConfig]:
     """The bytes of adapter_config.json and what they say."""
     with open_contained(directory, CONFIG_FILE, roots) as file:
-        try:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        except OSError:
-            raise unreadable(CONFIG_FILE) from None
+        data = _read_config(file)
     return data, parse_config(data)
+
+
+def _read_config(file: BinaryIO) -> bytes:
+    try:
+        return file.read(MAX_CONFIG_BYTES + 1)
+    except OSError:
+        raise unreadable(CONFIG_FILE) from None
+
+
+def _check_unchanged(directory: Path, name: str, stamp: tuple[int, ...]) -> None:
+    """Raise AdapterInvalidError if a file is no longer the one that was opened, or was written to since.
+
+    Its config and weights need not belong together then.
+    """
+    try:
+        unchanged = _stamp(os.stat(directory / name)) == stamp
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise AdapterInvalidError(
+            f"{name} changed while the adapter was read; load it again when the folder is complete.", {"file": name}
+        )
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """Changes when a file is written to or replaced."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def check_complete(directory: Path, roots: Sequence[Path]) -> None:

@@ -76,6 +76,7 @@ class DeviceLoader:
         self._read_again = read_again
         self._events = events
         self._closed = False
+        self._not_before = 0.0  # `time.monotonic()` second of the next copy, after one found no memory
         self._thread = threading.Thread(target=self._run, name="adapter-device", daemon=True)
         cuda = store.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(store.device) if cuda else None
@@ -145,7 +146,7 @@ class DeviceLoader:
         for version in list(registry.host_wanted):
             if registry.claim_host(version, urgent=False):
                 self._read_again(version)
-        if self.compaction_wanted:
+        if self.compaction_wanted or time.monotonic() < self._not_before:
             return None
         head = next((r for r in registry.wanted.values() if r.host is not None and not r.device_claimed), None)
         if head is None or not registry.claim_device(head.version, time.monotonic()):
@@ -170,6 +171,7 @@ class DeviceLoader:
                 self._store.remove(copy.placement.slot)
                 self._registry.abandon_device(copy.version)
                 if out_of_memory:
+                    self._not_before = time.monotonic() + RETRY_S
                     self._registry.fail_waiting(copy.version, _out_of_memory(copy.version.adapter_id))
                 else:
                     self._registry.fail_version(copy.version, _not_copied(copy.version.adapter_id))

@@ -138,8 +138,9 @@ class AdapterLoads:
         if record is not None:
             return record
         source = StoredSource(digest)
-        loaded = self._wait_for(self._kept_pool, self._open_and_read, adapter_id, source, _trusting(digest))
-        return self._add_candidate(adapter_id, loaded, is_stored=True)
+        with self._core.storing(digest):
+            loaded = self._wait_for(self._kept_pool, self._open_and_read, adapter_id, source, _trusting(digest))
+            return self._add_candidate(adapter_id, loaded, is_stored=True)
 
     def keep(self, record: Record) -> None:
         """Have the files of a held version in the version store, so that an alias can rely on them after a restart.
@@ -219,7 +220,9 @@ class AdapterLoads:
                     yield known, known.origin
                 return
         loaded = self._open_and_read(job.adapter_id, job.source, job.intent.options)
-        origin = loaded.origin
+        origin = (
+            replace(loaded.origin, name=_shown_name(job)) if isinstance(job.source, StoredSource) else loaded.origin
+        )
         with self._core.storing(loaded.digest):
             is_remote = isinstance(job.source, RemoteSource)
             is_stored = self._core.keep_files(loaded.digest, loaded.files, must=is_remote)
@@ -246,8 +249,9 @@ class AdapterLoads:
             with self._fetcher.fetch(source) as directory:
                 yield directory, (directory,), source.uri
         else:
-            kept = self._kept(source.digest)
-            yield kept, (kept,), f"version {source.digest[:12]}"
+            with self._core.storing(source.digest):  # else another load could take its room while it is read
+                kept = self._kept(source.digest)
+                yield kept, (kept,), f"version {source.digest[:12]}"
 
     def _kept(self, digest: str) -> Path:
         """Where the files of a version are in the version store."""
@@ -325,6 +329,12 @@ class AdapterLoads:
             with self._core.changed:
                 directory = self._core.registry.records[version].origin.directory
         return self._reader.read(version.adapter_id, directory, roots=roots, options=_trusting(version.digest))
+
+
+def _shown_name(job: _Job) -> str:
+    """What to call the source of kept files: where they came from first."""
+    source = job.intent.source
+    return source if "://" in source else Path(source).name or job.adapter_id
 
 
 def _trusting(digest: str) -> LoadOptions:

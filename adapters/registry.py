@@ -324,10 +324,11 @@ class Registry:
         self._forget(record)
         heir = self._record(version, record.origin, record.host_bytes, record.device_bytes)
         heir.is_current, heir.is_stored, heir.last_used = record.is_current, record.is_stored, record.last_used
+        heir.proof, heir.replace_error = record.proof, record.replace_error
         self.memory.hand_over(record, heir)
         if heir.is_current:
             self.current[version.adapter_id] = heir
-            heir.pinned = record.pinned
+            self._apply_pin(heir)
         self._doom(record, error)
 
     # Copies: like Residency's methods of the same name, and a version that nobody needs any more is freed.

@@ -10,6 +10,7 @@ from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.metrics import ServerMetrics
+from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import resolve_compute
 
 
@@ -32,7 +33,7 @@ def local_server(base: Path | None, adapters: Path, state_dir: Path, **settings:
         cache_dir=None if base else config.cache_dir,
         progress=False,
     )
-    app = assemble(config, compute, model)
+    app = assemble(config, compute, model, PolicyHolder(None))
     app.manager.start()
     app.engine.start()
     try:

@@ -14,6 +14,7 @@ from lorikeet.server.config import ServerConfig
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.logs import configure_logs
+from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import resolve_compute
 from measurement import Run
 
@@ -68,7 +69,7 @@ class LorikeetSide:
         self.dtype: torch.dtype = compute.dtype
         model = load_base(str(base), device=compute.device, compute_dtype=compute.dtype, progress=False)
         self.nf4_bytes = model.nf4_bytes
-        self._app: App = assemble(config, compute, model)
+        self._app: App = assemble(config, compute, model, PolicyHolder(None))
         self._clock = _StepClock()
         # Beside what the metrics do with it.
         observe = self._app.metrics.on_step

@@ -5,6 +5,7 @@ waits for a tier, returns to kept versions, and quick calls have threads of thei
 """
 
 import time
+from pathlib import Path
 
 import structlog
 
@@ -58,6 +59,9 @@ class AdapterService(AliasService):
         """Read, check and publish an adapter; with `dry_run`, read and check only."""
         adapter_id = self._adapter_to_manage(request.adapter_id)
         source, options = load_source(request), load_options(request)
+        if isinstance(source, Path):
+            # Who may manage `mine` may not take the folder of `yours` for it.
+            self._access.may_manage(source.name)
         with blaming("source" if request.source else "path" if request.path else "adapter_id"):
             if request.dry_run:
                 plan = await self._loads.run(lambda: self._manager.plan_load(adapter_id, source, options))

@@ -76,6 +76,7 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
         ConfigError, BaseModelError: something that the operator can mend.
     """
     compute = resolve_compute(config)
+    policy = PolicyHolder(config.policy)
     torch.set_num_threads(compute.threads)
     demo = config.model == DEMO
     base = load_base(
@@ -86,17 +87,16 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
         name=BASE_NAME if demo else "",
     )
     check_unproven_family(base)
-    app = assemble(config, compute, base)
+    app = assemble(config, compute, base, policy)
     return asyncio.run(serve_until_stopped(app, announce))
 
 
-def assemble(config: ServerConfig, compute: Compute, base: BaseModel) -> App:
+def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: PolicyHolder) -> App:
     """Connect the parts; nothing runs yet."""
     registry = CollectorRegistry()
     metrics = ServerMetrics(registry, config.metrics_max_adapters)
     max_context = resolve_context(config, base.max_context)
 
-    policy = PolicyHolder(config.policy)
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
         base.site_table,

@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
@@ -15,6 +15,9 @@ from pydantic_settings import SettingsError
 from .access import CLIENT_ENV
 from .config import CONFIG_ENV, ENV_PREFIX, ServerConfig
 from .errors import ConfigError
+
+# Settings that may be given more than once.
+REPEATED: Final = ("adapters", "adapter_sources", "base_names")
 
 
 def load_config(arguments: Sequence[str]) -> ServerConfig:
@@ -64,7 +67,7 @@ def flag_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = _metavar(name, info)
-            if name == "adapters":
+            if name in REPEATED:
                 options["action"] = "append"
         groups[title].add_argument(flag(name), **options)
     return parser
@@ -92,9 +95,11 @@ def _metavar(name: str, info: FieldInfo) -> str:
         return "BYTES"
     if name.endswith("_s"):
         return "SECONDS"
+    if name in ("adapter_sources", "base_names"):
+        return "URI" if name == "adapter_sources" else "NAME"
     annotation = str(info.annotation)
     if "Path" in annotation:
-        return "FILE" if name == "config" else "DIR"
+        return "FILE" if name in ("config", "policy") else "DIR"
     return "N" if "int" in annotation else name.upper()
 
 

@@ -126,8 +126,7 @@ class GenerationService(GenerationServiceServicer):
         arrival = time.monotonic()
         structlog.contextvars.bind_contextvars(adapter=request.adapter_id[:MAX_LOGGED])
         generation = convert.parse_generation(request)
-        if generation.name:
-            self._access.may_use(generation.name)
+        self._access.may_use(generation.name)  # "": the base
         self._prompts.check_vocabulary("stopping.stop_token_ids", generation.params.stop_token_ids)
         prompt = await self._prompts.encode(generation.prompt)
         max_tokens = convert.fit_max_tokens(generation.max_tokens, len(prompt), self._max_context)

@@ -161,7 +161,7 @@ class World:
                 read.append(version)
         for version in read:
             registry.fill_host(version, Copy(self.record(version).host_bytes))
-        head = next((r for r in registry.wanted.values() if r.host is not None), None)
+        head = next((r for r in registry.wanted.values() if r.host is not None and not r.device_claimed), None)
         if head is None or not registry.claim_device(head.version, self.now):
             return bool(read)
         registry.fill_device(head.version, self.free_slots.pop(), self.now)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, consumes, multiple, precondition, rule
+from hypothesis.stateful import Bundle, consumes, initialize, multiple, precondition, rule
 from lorikeet.adapters.errors import (
     AdapterInUseError,
     AdapterInvalidError,
@@ -39,6 +39,11 @@ class RegistryMachine(RegistryModel):
     candidates = Bundle("candidates")
     host_claims = Bundle("host_claims")
     device_claims = Bundle("device_claims")
+
+    @initialize(digests=st.lists(DIGESTS, min_size=3, max_size=3))
+    def start(self, digests):
+        for adapter_id, digest in zip("abc", digests, strict=True):
+            self.load(adapter_id, digest, False)
 
     # Loads.
 
@@ -208,6 +213,13 @@ class RegistryMachine(RegistryModel):
     def finish_run(self, run):
         self.release(self.preempt(run))
 
+    @rule(name=IDS | NAMES, key=KEYS)
+    def visit(self, name, key):
+        """A whole request, if there is room; it leaves an idle copy."""
+        running = self.run(name, key)
+        if running in self.active:
+            self.finish_run(running)
+
     @precondition(lambda self: self.named())
     @rule(target=calls, data=st.data(), tier=TIERS)
     def hold_for_call(self, data, tier):
@@ -285,6 +297,10 @@ class RegistryMachine(RegistryModel):
         if self.current.get(version.adapter_id) == version:
             del self.current[version.adapter_id]
             self.current |= {heir.adapter_id: heir} if heir else {}
+
+    @rule()
+    def loader_catches_up(self):
+        self.world.serve_wishes()
 
     @rule(seconds=st.integers(1, 10))
     def time_passes(self, seconds):

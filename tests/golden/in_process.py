@@ -13,6 +13,7 @@ from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
+from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import Compute
 
 
@@ -25,7 +26,7 @@ def serving(model: Path, adapters: Path | None = None, **settings: Any) -> Itera
     )
     compute = Compute(torch.device("cpu"), torch.float32, 1)
     base = load_base(str(model), device=compute.device, compute_dtype=compute.dtype, progress=False)
-    app = assemble(config, compute, base)
+    app = assemble(config, compute, base, PolicyHolder(config.policy))
     app.manager.start()
     app.engine.start()
     try:

@@ -178,9 +178,9 @@ async def test_right_to_use_an_alias_does_not_need_the_right_to_use_its_targets(
     assert access.asked == [("use", "prod")]
 
 
-async def test_base_needs_no_right():
+async def test_base_is_asked_about_too():
     access = OnlyAccess()
     async with serve(access=access, engine=FakeEngine()) as (_, channel, _):
         response = await GenerationServiceStub(channel).Generate(generation_pb2.GenerateRequest(prompt="x"))
     assert response.text == "Hello world"
-    assert access.asked == []
+    assert access.asked == [("use", "")]
