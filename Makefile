@@ -29,11 +29,11 @@ TEST_THREADS ?= 1
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup proto lint format type test test-gpu bench bench-gpu run demo clean
+.PHONY: help setup proto lint format type test test-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
-		while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+		while IFS=$$'\t' read -r name what; do printf '  make %-14s %s\n' "$$name" "$$what"; done
 	@echo
 	@echo '  ARGS="..."          options for run, bench, bench-gpu: make run ARGS="--port 0"'
 	@echo '  PYTEST_ARGS="..."   options for test, test-gpu: make test PYTEST_ARGS="-x tests/kernels"'
@@ -112,6 +112,12 @@ proto: $(DEV_READY) ## generate the stubs from protos/v1/*.proto
 
 bench: $(DEV_READY) ## Lorikeet beside PEFT on this CPU; writes benchmarks/results/
 	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-loading: $(DEV_READY) ## time between tokens while large adapters come in, and what a load takes
+	@$(OFFLINE) "$(PY)" benchmarks/adapter_loading.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-trace: $(DEV_READY) ## S-LoRA's trace over 5 to 2,000 adapters with memory for 50 (3 GB of temporary disk)
+	@$(OFFLINE) "$(PY)" benchmarks/adapter_trace.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench-gpu: $(DEV_READY) ## the same on a CUDA device, with Llama-3-8B shapes
 	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -121,9 +121,7 @@ class AdapterAdministration:
         with core.admin:
             with core.changed:
                 record = self._current(adapter_id)
-                check_room(
-                    core.registry, adapter_id, tier, host_bytes=record.host_bytes, device_bytes=record.device_bytes
-                )
+                check_room(core.registry, record, tier)
             self._save_pin(adapter_id, tier.value)
             with core.changed:
                 core.registry.pin(adapter_id, tier)
@@ -214,6 +212,7 @@ class AdapterAdministration:
         for record in targets:
             if record.error is not None:
                 raise type(record.error)(record.error.message, record.error.metadata)
+            check_room(self._core.registry, record, record.pinned)
 
     def _hold_target(self, text: str) -> Record:
         """The version that an alias shall lead to, from its kept files if need be; ends with drop_candidate."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .errors import AdapterInvalidError, AdapterMemoryError
 from .fingerprint import BaseFingerprint
+from .finite import all_finite
 from .paths import open_contained
 from .scaling import Scaling
 from .sites import SiteTable
@@ -190,7 +191,7 @@ def _tensor(info: TensorInfo, payload: bytearray) -> Tensor:
         return torch.empty(info.shape, dtype=dtype)
     count = (info.stop - info.start) // dtype.itemsize
     tensor = torch.frombuffer(payload, dtype=dtype, count=count, offset=info.start).view(info.shape)
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise AdapterInvalidError(
             f"Tensor {info.name!r} has values that are not finite (NaN or infinity).", {"tensor": info.name[:256]}
         )

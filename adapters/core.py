@@ -83,6 +83,8 @@ class ManagerCore:
 
         To be called in `storing(digest)`.
         """
+        if not must and not self.state.store.budget_bytes:
+            return False
         with self.changed:
             protected = {*self.registry.digests, *self.reserved, *self._storing}
         return self.state.store.put(digest, files, protected, must=must)

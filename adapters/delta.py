@@ -17,4 +17,4 @@ def delta_norm(module: AdaptedModule) -> float:
         gram_b = gram_b * values.unsqueeze(0) * values.unsqueeze(1)
     # Where terms cancel, rounding may leave a tiny negative number.
     square = (gram_a * gram_b).sum().clamp(min=0.0)
-    return abs(module.scaling.factor) * float(square.sqrt())
+    return abs(module.scaling.factor) * float(square.item() ** 0.5)

@@ -81,7 +81,7 @@ def difference(golden: Tensor, logits: Tensor) -> Tensor:
     """
     want, got = golden.double().log_softmax(-1), logits.double().log_softmax(-1)
     top = want.topk(min(TOP_TOKENS, want.shape[-1]), -1).indices
-    rms = (want.gather(-1, top) - got.gather(-1, top)).square().mean(-1).sqrt()
+    rms = (want.gather(-1, top) - got.gather(-1, top)).square().mean(-1) ** 0.5
     return torch.nan_to_num(rms, nan=math.inf, posinf=math.inf)
 
 

@@ -76,7 +76,7 @@ def record_info(record: Record) -> AdapterInfo:
     elif record.is_servable:
         state = AdapterState.READY
     else:
-        state = AdapterState.LOADING if record.is_candidate else AdapterState.DRAINING
+        state = AdapterState.LOADING if record.candidacies else AdapterState.DRAINING
     error = record.error or record.replace_error
     return AdapterInfo(
         adapter_id=record.version.adapter_id,

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from .background import lower_priority
+from .background import idle_priority, low_priority, start_pool
 from .core import ManagerCore
 from .errors import AdapterNoVersionError, AdapterUnloadedError, ServingError
 from .info import AdapterInfo, LoadOptions, LoadPlan
@@ -74,13 +74,9 @@ class AdapterLoads:
         self._reader = reader
         self._sources = sources
         self._fetcher = fetcher
-        self._pool = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="adapter-load", initializer=lower_priority)
-        self._kept_pool = ThreadPoolExecutor(
-            KEPT_THREADS, thread_name_prefix="adapter-kept", initializer=lower_priority
-        )
-        self._reread_pool = ThreadPoolExecutor(
-            REREAD_THREADS, thread_name_prefix="adapter-reread", initializer=lower_priority
-        )
+        self._pool = start_pool(LOAD_THREADS, "adapter-load", idle_priority)
+        self._kept_pool = start_pool(KEPT_THREADS, "adapter-kept", idle_priority)
+        self._reread_pool = start_pool(REREAD_THREADS, "adapter-reread", low_priority)
 
     def close(self) -> None:
         """End the threads; loads that have not begun fail, downloads are broken off."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoint import AdaptedModule, Checkpoint
 from .errors import AdapterIncompatibleError, AdapterInvalidError
+from .finite import all_finite
 from .report import AdapterReport, make_report
 from .sites import Site, SiteTable
 from .tensor_map import count_elements
@@ -77,8 +78,7 @@ def pack_adapter(
         site_offsets[site.index] = end
         for index, tensors in slices.items():
             site_ranks[site.index, index] = tensors.scaling.rank
-        end, site_is_zero = _pack_site(data, end, site, slices)
-        zero = zero and site_is_zero
+        end, zero = _pack_site(data, end, site, slices, zero)
     assert end == data.numel()
     if zero and not allow_zero:
         raise AdapterInvalidError(
@@ -88,19 +88,18 @@ def pack_adapter(
     return PackedAdapter(data, site_offsets, site_ranks, make_report(checkpoint.config, scalings))
 
 
-def _pack_site(data: Tensor, start: int, site: Site, slices: dict[int, AdaptedModule]) -> tuple[int, bool]:
-    """Write one site's block at `start`; returns where it ends and whether its delta is zero."""
+def _pack_site(data: Tensor, start: int, site: Site, slices: dict[int, AdaptedModule], zero: bool) -> tuple[int, bool]:
+    """Write one site's block at `start`; returns where it ends and whether the delta is zero up to there."""
     width = site.in_features
     end_a = start
     end = start + sum(t.scaling.rank for t in slices.values()) * width
-    zero = True
     for index, tensors in slices.items():
         rank, out = tensors.scaling.rank, site.slices[index].out_features
         rows_a = data[end_a : end_a + rank * width].view(rank, width)
         rows_b = data[end : end + rank * out].view(rank, out)
         rows_a.copy_(tensors.lora_a)
         rows_b.copy_(_scaled_b(tensors))
-        if not (torch.isfinite(rows_a).all() and torch.isfinite(rows_b).all()):
+        if not (all_finite(rows_a) and all_finite(rows_b)):
             raise AdapterIncompatibleError(
                 f"Tensor {tensors.b_name!r} times its scaling ({tensors.scaling.factor:g}), or the lora_A beside it, "
                 f"has values that do not fit into {data.dtype}.",

@@ -24,14 +24,14 @@ def make_plan(core: ManagerCore, adapter_id: str, loaded: LoadedAdapter) -> Load
     with core.changed:
         registry = core.registry
         pin = registry.pins.get(adapter_id)
-        check_room(registry, adapter_id, pin, host_bytes=host_bytes, device_bytes=device_bytes)
         known = registry.by_id.get(adapter_id, {}).get(loaded.digest, record)
+        current = registry.current.get(adapter_id)
+        check_room(registry, known, pin, None if current is known else current)
         in_host, on_device = Room(True, ()), Room(True, ())
         if known.host is None:
             in_host = registry.memory.room_in_host(host_bytes)
         if known.slot is None:
             on_device = registry.memory.room_on_device(device_bytes, time.monotonic())
-        current = registry.current.get(adapter_id)
     return LoadPlan(
         adapter=replace(record_info(record), state=AdapterState.STORED),
         is_new=current is None or current.version.digest != loaded.digest,

@@ -63,8 +63,8 @@ def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, inte
                 raise OverruledError(f"Adapter {adapter_id!r} was unloaded while it was loaded, or before.")
             check_is_no_alias(core, adapter_id)
             pin = core.registry.pins.get(adapter_id)
-            check_room(core.registry, adapter_id, pin, host_bytes=record.host_bytes, device_bytes=record.device_bytes)
             before = core.registry.current.get(adapter_id)
+            check_room(core.registry, record, pin, None if before is record else before)
         # Files are dropped only of versions that are not needed, and this one may just become one that is.
         is_stored = before is not None and core.state.store.get(before.version.digest) is not None
         core.state.database.save(_saved(saved, record, intent))

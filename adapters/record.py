@@ -30,7 +30,8 @@ class Record:
         origin: where it was loaded from, and what was found.
         host_bytes, device_bytes: what a copy takes in each tier.
         is_current: requests that name its id get it.
-        is_candidate: it is being proven, or held for an alias that is about to be set; no request can name it yet.
+        candidacies: calls under way that may make it current or name it by an alias; it is kept for them, though no
+            request can name it yet.
         aliases: names that lead to it.
         pinned: tier in which it is kept, while it is current.
         is_stored: its files are in the version store.
@@ -54,7 +55,7 @@ class Record:
     host_bytes: int
     device_bytes: int
     is_current: bool = False
-    is_candidate: bool = False
+    candidacies: int = 0
     aliases: set[str] = field(default_factory=set)
     pinned: Tier | None = None
     is_stored: bool = False
@@ -76,7 +77,7 @@ class Record:
     @property
     def is_kept(self) -> bool:
         """Whether it stays although no request holds it."""
-        return self.error is None and (self.is_current or self.is_candidate or bool(self.aliases))
+        return self.error is None and (self.is_current or self.candidacies > 0 or bool(self.aliases))
 
     @property
     def is_servable(self) -> bool:

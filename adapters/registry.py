@@ -110,21 +110,20 @@ class Registry:
         return valid
 
     def add_candidate(self, version: AdapterVersion, origin: Origin, *, host_bytes: int, device_bytes: int) -> Record:
-        """A version that no request can name yet, held by the caller until `release`.
+        """A version that no request can name yet, held and kept by the caller until `drop_candidate`.
 
         Returns:
-            Its record; the one that exists already when the content is known, and then it is merely held.
+            Its record; the one that exists already when the content is known.
         """
         record = self._record(version, origin, host_bytes, device_bytes)
-        if not record.is_kept:
-            record.is_candidate = True
-            self._keep(record)
+        record.candidacies += 1
+        self._keep(record)
         self.hold_for_call(record)
         return record
 
     def drop_candidate(self, record: Record, drain_until: float) -> None:
         """The caller's hold ends: the candidate was refused, or has become something that is kept."""
-        record.is_candidate = False
+        record.candidacies -= 1
         if not record.is_kept:
             self._drain(record, drain_until)
         self.release_for_call(record)
@@ -318,7 +317,7 @@ class Registry:
         record = self.records.get(version)
         if record is None or record.error is not None:
             return
-        if not record.is_kept or record.is_candidate:
+        if not record.is_servable:
             self._doom(record, error)
             return
         self._forget(record)
@@ -403,6 +402,8 @@ class Registry:
             self._unwant(record)
         if record.pinned is Tier.HOST:
             self.want_host(record)
+        elif not record.in_flight:
+            self.host_wanted.pop(record.version, None)
 
     def _remember_failure(self, adapter_id: str, error: ServingError) -> None:
         self.failed[adapter_id] = error
@@ -432,7 +433,7 @@ class Registry:
     def _doom(self, record: Record, error: ServingError) -> None:
         """No request may use the version any more; its memory goes as soon as nothing reads it."""
         record.error = error
-        record.is_current = record.is_candidate = False
+        record.is_current = False
         record.pinned = None
         record.aliases = set()
         self.draining.pop(record, None)

@@ -28,33 +28,35 @@ def check_unload(registry: Registry, adapter_id: str) -> None:
         raise AdapterInUseError(f"Adapter {adapter_id!r} is not unloaded: it is pinned; unpin it first.")
 
 
-def check_room(registry: Registry, adapter_id: str, pin: Tier | None, *, host_bytes: int, device_bytes: int) -> None:
-    """Raise AdapterMemoryError if a version of these sizes could never come in beside what is pinned.
+def check_room(registry: Registry, record: Record, pin: Tier | None, replaced: Record | None = None) -> None:
+    """Raise AdapterMemoryError if a version could never come in beside what is pinned, or others beside it.
 
-    What pins leave must hold the largest version that is not pinned, or requests for it would wait for ever.
+    What pins leave must hold the largest version that is not pinned, or requests for it would wait for ever. Versions
+    that drain do not count: they are gone at the drain deadline at the latest.
 
     Args:
         registry: all versions.
-        adapter_id: whose version it is; what is current under that id does not count.
+        record: the version; the registry need not have it.
         pin: tier in which it would be kept, or None.
-        host_bytes, device_bytes: what copies of it take.
+        replaced: the version that would no longer be current, or None.
     """
     memory = registry.memory
     for tier, budget in ((Tier.HOST, memory.host_budget), (Tier.DEVICE, memory.device_budget)):
-        pinned = {i for i, t in registry.pins.items() if t is tier and i in registry.current} - {adapter_id}
-        if not pinned and pin is not tier:
+        pinned = [registry.current[i] for i, t in registry.pins.items() if t is tier and i in registry.current]
+        pinned = [r for r in pinned if r not in (record, replaced)] + ([record] if pin is tier else [])
+        if not pinned:
             continue  # only the budget itself limits it, and that was checked when it was read
-        size = host_bytes if tier is Tier.HOST else device_bytes
-        others = [r for r in registry.records.values() if r.pinned is not tier and r.version.adapter_id != adapter_id]
-        largest = max([_size(r, tier) for r in others] + ([] if pin is tier else [size]), default=0)
-        held = sum(_size(registry.current[i], tier) for i in pinned) + (size if pin is tier else 0)
-        slots = len(pinned) + (pin is tier) + bool(largest)
+        kept = [r for r in registry.records.values() if r.is_kept and (r is not replaced or r.aliases)]
+        others = [r for r in {*kept, record} if r not in pinned]
+        held = sum(_size(r, tier) for r in pinned)
+        largest = max((_size(r, tier) for r in others), default=0)
+        slots = len(pinned) + bool(others)
         if held + largest > budget or (tier is Tier.DEVICE and slots > memory.max_slots):
             raise AdapterMemoryError(
-                f"Adapter {adapter_id!r} needs {size} bytes of {tier} memory; pinned adapters would take {held} of "
-                f"{budget}, and the largest that is not pinned needs {largest} beside them. Unpin one, or raise "
-                f"--adapter-{tier}-bytes (or --adapter-slots).",
-                {"adapter_id": adapter_id},
+                f"Adapter {record.version.adapter_id!r} needs {_size(record, tier)} bytes of {tier} memory; pinned "
+                f"adapters would take {held} of {budget}, and the largest that is not pinned needs {largest} beside "
+                f"them. Unpin one, or raise --adapter-{tier}-bytes (or --adapter-slots).",
+                {"adapter_id": record.version.adapter_id},
             )
 
 

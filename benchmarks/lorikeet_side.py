@@ -89,6 +89,7 @@ class LorikeetSide:
         """Stop the engine and the adapter threads."""
         self._app.engine.stop()
         self._app.manager.close()
+        self._app.state.close()
 
     def run(self, prompts: list[list[int]], adapter_ids: list[str] | None, new_tokens: int) -> Run:
         """Generate greedily for all prompts at once.

@@ -60,6 +60,11 @@ class VersionStore:
         self._scan()
 
     @property
+    def budget_bytes(self) -> int:
+        """Of all copies together."""
+        return self._budget
+
+    @property
     def used_bytes(self) -> int:
         """Of the copies that are there."""
         with self._changed:

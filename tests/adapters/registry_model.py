@@ -18,7 +18,7 @@ class RegistryModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.world = World(host_budget=30, device_budget=30, max_slots=NUM_SLOTS)
+        self.world = World(host_budget=30, device_budget=24, max_slots=NUM_SLOTS)
         self.registry = self.world.registry
         self.held = []  # versions, once for each request
         self.called = []  # versions, once for each call
@@ -26,7 +26,8 @@ class RegistryModel(RuleBasedStateMachine):
         self.active = []  # (version, slot), once for each of those that runs
         self.loading = []  # (id, ticket) begun
         self.outdated = set()  # tickets whose results must be discarded
-        self.claims = []  # (kind, version)
+        self.reading = []  # versions whose host copy is under way
+        self.copying = []  # (version, slot) of device copies under way
         self.current = {}  # id -> version
         self.aliases = {}
         self.pins = {}
@@ -111,13 +112,12 @@ class RegistryModel(RuleBasedStateMachine):
 
     @invariant()
     def copies_under_way_keep_their_source_and_target(self):
-        for kind, version in self.claims:
-            record = self.world.record(version)
-            assert record.host_claimed if kind == "host" else record.device_claimed and record.host is not None
+        assert all(self.world.record(version).host_claimed for version in self.reading)
+        for record in (self.world.record(version) for version, _ in self.copying):
+            assert record.device_claimed and record.host is not None and record.slot is None
 
     @invariant()
     def every_slot_is_free_or_owned_once(self):
         owned = [r.slot for r in self.registry.records.values() if r.slot is not None]
-        copying = sum(kind == "device" for kind, _ in self.claims)
-        assert len(set(owned)) == len(owned) and not set(owned) & set(self.world.free_slots)
-        assert len(owned) + copying + len(self.world.free_slots) == NUM_SLOTS
+        copying = [slot for _, slot in self.copying]
+        assert sorted(owned + copying + self.world.free_slots) == list(range(NUM_SLOTS))

@@ -107,13 +107,7 @@ class World:
         """Whether a version, pinned or not, could always come in; `replaced` is no longer current then."""
         assert replaced in (None, self.registry.current.get(record.version.adapter_id))
         try:
-            check_room(
-                self.registry,
-                record.version.adapter_id,
-                pin,
-                host_bytes=record.host_bytes,
-                device_bytes=record.device_bytes,
-            )
+            check_room(self.registry, record, pin, replaced)
         except AdapterMemoryError as error:
             assert error.code is Code.RESOURCE_EXHAUSTED and repr(record.version.adapter_id) in error.message
             return False
@@ -124,7 +118,8 @@ class World:
 
     def can_load(self, adapter_id, size=10, device_size=None, digest="new"):
         """Whether content that has been read may become current."""
-        record = Record(AdapterVersion(adapter_id, digest), ORIGIN, size, device_size or size)
+        known = self.registry.by_id.get(adapter_id, {}).get(digest)
+        record = known or Record(AdapterVersion(adapter_id, digest), ORIGIN, size, device_size or size)
         return self.has_room(record, self.registry.pins.get(adapter_id), self.registry.current.get(adapter_id))
 
     def can_alias(self, record):

@@ -35,7 +35,7 @@ def everything(manager):
     """All that a plan might change: the registry, the tables, the state directory with the times of its files."""
     with manager._changed:
         records = {
-            str(version): (record.tier, record.in_flight, record.last_used, record.is_candidate, record.is_stored)
+            str(version): (record.tier, record.in_flight, record.last_used, record.candidacies, record.is_stored)
             for version, record in manager._registry.records.items()
         }
         registry = (dict(manager._registry.failed), dict(manager._registry.loading), dict(manager._registry.wanted))

@@ -370,6 +370,15 @@ def test_trouble_that_may_pass_keeps_what_is_known_of_the_version(world):
     assert find_info(world.registry, "a") == before
 
 
+def test_trouble_that_may_pass_does_not_end_a_pin_to_the_device(world):
+    version = world.load("a")
+    world.registry.pin("a", Tier.DEVICE)
+    world.registry.fail_waiting(version, AdapterMemoryError("no memory"))
+    world.serve_wishes()
+    heir = world.registry.current["a"]
+    assert heir.version != version and heir.tier is Tier.DEVICE
+
+
 def test_trouble_that_may_pass_is_the_end_of_a_draining_version(world):
     version = world.load("a", "v1")
     waiting = world.resolve("a")

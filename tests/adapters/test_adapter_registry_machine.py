@@ -15,7 +15,7 @@ from lorikeet.adapters.errors import (
 from lorikeet.adapters.info import Tier
 from lorikeet.adapters.rules import check_integrity, check_unload
 
-from .registry_model import NUM_SLOTS, RegistryModel
+from .registry_model import RegistryModel
 from .registry_world import Copy, make_alias
 
 IDS = st.sampled_from("abc")
@@ -29,6 +29,11 @@ DIGESTS = st.sampled_from(sorted(SIZES))
 PREFIXES = st.sampled_from(["abcd", "abcd1", "abcd2", "ef01", "0123", *sorted(SIZES)])
 GONE = AdapterUnloadedError("copy failed")
 NO_MEMORY = AdapterMemoryError("no memory")
+
+
+def some(value):
+    """What a rule puts into its bundle."""
+    return multiple() if value is None else value
 
 
 class RegistryMachine(RegistryModel):
@@ -151,57 +156,73 @@ class RegistryMachine(RegistryModel):
 
     @rule(target=requests, name=IDS | NAMES, prefix=st.just("") | PREFIXES, key=KEYS)
     def resolve(self, name, prefix, key):
+        return some(self.admit(name, prefix, key))
+
+    def admit(self, name, prefix, key):
+        """A request's version; None: it is refused."""
         expected = self.expected(name, prefix, key)
         if isinstance(expected, type):
             with pytest.raises(expected):
                 self.world.resolve(name, prefix, key)
-            return multiple()
+            return None
         version = self.world.resolve(name, prefix, key)
         assert version == expected and version not in self.dropped
         self.held.append(version)
         return version
+
+    @rule(target=requests, adapter_id=IDS, digest=DIGESTS)
+    def replace_in_use(self, adapter_id, digest):
+        version = self.admit(adapter_id, "", "")
+        self.load(adapter_id, digest, is_stored=False)
+        return some(version)
 
     @rule(version=consumes(requests))
     def release(self, version):
         self.registry.release(version)
         self.held.remove(version)
 
-    @rule(target=running, version=consumes(requests))
-    def activate(self, version):
-        """A request starts to run; or it is cancelled because it cannot yet."""
+    @rule(version=requests)
+    def wish(self, version):
+        """A waiting request asks; it stays a waiting request."""
+        if self.activated(version) is not None:
+            self.registry.deactivate(version)
+
+    def activated(self, version):
+        """The slot; None: not yet, or never."""
         try:
             slot = self.registry.activate(version)
         except ServingError:
             assert version in self.dropped
-            slot = None
-        if slot is None:
-            self.release(version)
-            return multiple()
+            return None
         assert version not in self.dropped
-        self.active.append((version, slot))
-        return version, slot
+        return slot
+
+    @rule(target=running, version=consumes(requests))
+    def activate(self, version):
+        return some(self.start_or_cancel(version))
 
     @rule(target=running, name=IDS | NAMES, key=KEYS)
     def run(self, name, key):
         """All of a request's start at once, if there is room."""
-        if isinstance(self.expected(name, "", key), type):
-            return multiple()
-        version = self.resolve(name, "", key)
-        record = self.world.record(version)
-        if self.registry.activate(version) is None and not (record.host_claimed or record.device_claimed):
-            self.world.bring_in(version)
-        elif record.slot is not None:
-            self.registry.deactivate(version)
-        return self.activate(version)
+        return some(self.admit_and_start(name, key))
 
-    @rule(version=requests)
-    def wish(self, version):
-        """A waiting request asks; it stays a waiting request."""
-        try:
-            if self.registry.activate(version) is not None:
-                self.registry.deactivate(version)
-        except ServingError:
-            assert version in self.dropped
+    def admit_and_start(self, name, key):
+        version = self.admit(name, "", key)
+        if version is None:
+            return None
+        self.wish(version)
+        record = self.world.record(version)
+        if record.slot is None and not (record.host_claimed or record.device_claimed):
+            self.world.bring_in(version)
+        return self.start_or_cancel(version)
+
+    def start_or_cancel(self, version):
+        slot = self.activated(version)
+        if slot is None:
+            self.release(version)
+            return None
+        self.active.append((version, slot))
+        return version, slot
 
     @rule(target=requests, run=consumes(running))
     def preempt(self, run):
@@ -213,12 +234,14 @@ class RegistryMachine(RegistryModel):
     def finish_run(self, run):
         self.release(self.preempt(run))
 
-    @rule(name=IDS | NAMES, key=KEYS)
-    def visit(self, name, key):
-        """A whole request, if there is room; it leaves an idle copy."""
-        running = self.run(name, key)
-        if running in self.active:
-            self.finish_run(running)
+    @rule(names=st.permutations(["a", "b", "c", "prod", "staging"]), key=KEYS)
+    def visit(self, names, key):
+        """Whole requests, where there is room; they leave idle copies."""
+        for name in names:
+            self.world.end_leases()
+            run = self.admit_and_start(name, key)
+            if run is not None:
+                self.finish_run(run)
 
     @precondition(lambda self: self.named())
     @rule(target=calls, data=st.data(), tier=TIERS)
@@ -243,12 +266,12 @@ class RegistryMachine(RegistryModel):
         version = data.draw(st.sampled_from(on_disk))
         if not self.registry.claim_host(version, urgent=urgent):
             return multiple()
-        self.claims.append(("host", version))
+        self.reading.append(version)
         return version
 
     @rule(version=consumes(host_claims), works=st.booleans())
     def end_host_claim(self, version, works):
-        self.claims.remove(("host", version))
+        self.reading.remove(version)
         if works:
             self.registry.fill_host(version, Copy(SIZES[version.digest][0]))
         else:
@@ -257,23 +280,41 @@ class RegistryMachine(RegistryModel):
 
     @rule(target=device_claims)
     def claim_device(self):
-        """Like the loader: the oldest wish that is in host memory."""
+        return some(self.start_copy())
+
+    def start_copy(self):
+        """Like the loader: the oldest wish that is in host memory; None: it does not fit."""
         head = next((r for r in self.registry.wanted.values() if r.host is not None and not r.device_claimed), None)
         if head is None or not self.registry.claim_device(head.version, self.world.now):
-            return multiple()
-        self.claims.append(("device", head.version))
-        return head.version, self.world.free_slots.pop()
+            return None
+        self.copying.append((head.version, self.world.free_slots.pop()))
+        return self.copying[-1]
 
     @rule(claim=consumes(device_claims), end=st.sampled_from(["works", "fails", "out of memory"]))
     def end_device_claim(self, claim, end):
         version, slot = claim
-        self.claims.remove(("device", version))
+        self.copying.remove(claim)
         if end == "works":
             self.registry.fill_device(version, slot, self.world.now)
         else:
             self.world.free_slot(slot)
             self.registry.abandon_device(version)
             self.drop(version, may_pass=end == "out of memory")
+
+    @rule(target=requests, name=IDS | NAMES, key=KEYS, end=st.sampled_from(["fails", "out of memory"]))
+    def run_into_trouble(self, name, key, end):
+        """A request waits for a copy, and the one under way does not come."""
+        version = self.admit(name, "", key)
+        if version is not None:
+            self.wish(version)
+            claim = self.start_copy()
+            if claim is not None:
+                self.end_device_claim(claim, end)
+        return some(version)
+
+    @rule()
+    def loader_catches_up(self):
+        self.world.serve_wishes()
 
     @precondition(lambda self: self.registry.records)
     @rule(data=st.data())
@@ -298,10 +339,6 @@ class RegistryMachine(RegistryModel):
             del self.current[version.adapter_id]
             self.current |= {heir.adapter_id: heir} if heir else {}
 
-    @rule()
-    def loader_catches_up(self):
-        self.world.serve_wishes()
-
     @rule(seconds=st.integers(1, 10))
     def time_passes(self, seconds):
         self.world.now += seconds
@@ -313,10 +350,11 @@ class RegistryMachine(RegistryModel):
 
     def teardown(self):
         """When everything ends, nothing is left."""
-        for kind, version in self.claims:
-            (self.registry.abandon_host if kind == "host" else self.registry.abandon_device)(version)
-        taken = [r.slot for r in self.registry.records.values() if r.slot is not None]
-        self.world.free_slots = [slot for slot in range(NUM_SLOTS) if slot not in taken]
+        for version in self.reading:
+            self.registry.abandon_host(version)
+        for version, slot in self.copying:
+            self.world.free_slot(slot)
+            self.registry.abandon_device(version)
         for version, _ in self.active:
             self.registry.deactivate(version)
         for version in self.held:
@@ -338,4 +376,4 @@ class RegistryMachine(RegistryModel):
 
 
 TestRegistryMachine = RegistryMachine.TestCase
-TestRegistryMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestRegistryMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -11,10 +11,11 @@ from typing import Final
 import torch
 from lorikeet.adapters.errors import ServingError
 from lorikeet.adapters.info import Tier
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from .actor import Actor
-from .contents import CONFIG, WEIGHTS, Content, remove
+from .contents import CONFIG, WEIGHTS, remove
 from .world import World
 
 NUM_INVENTED: Final = 40
@@ -29,19 +30,17 @@ REFUSALS: Final = {
 }
 
 
-def _nan(directory: Path) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, directory / WEIGHTS)
+def _nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = next(iter(tensors))
+    return tensors | {name: torch.full_like(tensors[name], float("nan"))}
 
 
-def _zero(directory: Path) -> None:
-    save_file({n: torch.zeros_like(t) for n, t in load_file(directory / WEIGHTS).items()}, directory / WEIGHTS)
+def _zero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
-def _wrong_shapes(directory: Path) -> None:
-    tensors = {n: torch.ones(t.shape[0], t.shape[1] + 1) for n, t in load_file(directory / WEIGHTS).items()}
-    save_file(tensors, directory / WEIGHTS)
+def _wrong_shapes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.ones(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
 
 
 def _huge_header(directory: Path) -> None:
@@ -83,10 +82,8 @@ def _other_method(directory: Path) -> None:
     (directory / CONFIG).write_text(json.dumps(config | {"use_dora": True}))
 
 
+TENSOR_SPOILERS: Final = (_nan, _zero, _wrong_shapes)
 SPOILERS: Final[tuple[Callable[[Path], None], ...]] = (
-    _nan,
-    _zero,
-    _wrong_shapes,
     _huge_header,
     _endless_header,
     _pipe,
@@ -113,6 +110,9 @@ class Adversary(Actor):
         self._outside = world.root.parent / "outside"
         if not self._outside.exists():
             shutil.copytree(world.contents[0].directory, self._outside)
+        # Made once: the libraries that make them keep a little of each.
+        tensors = load_file(self._outside / WEIGHTS)
+        self._bad_weights = [save(spoil(tensors)) for spoil in TENSOR_SPOILERS]
 
     def forget(self) -> None:
         """Remove what was put there."""
@@ -179,9 +179,11 @@ class Adversary(Actor):
         """A hidden folder that no server may accept."""
         directory = self.world.root / f".{name}"
         remove(directory)
-        content: Content = self.rng.choice(self.world.contents)
-        shutil.copytree(content.directory, directory)
-        self.rng.choice(SPOILERS)(directory)
+        shutil.copytree(self._outside, directory)
+        if self.rng.random() < 0.3:
+            (directory / WEIGHTS).write_bytes(self.rng.choice(self._bad_weights))
+        else:
+            self.rng.choice(SPOILERS)(directory)
         return directory
 
     def _refused(self, operation: str, call: Callable[[], object], allowed: set[str]) -> None:
