@@ -14,6 +14,7 @@ import torch
 
 from .device_store import DeviceStore, Placement
 from .errors import AdapterMemoryError, ServingError
+from .info import Tier
 from .packing import PackedAdapter
 from .registry import Registry
 from .version import AdapterVersion
@@ -143,8 +144,8 @@ class DeviceLoader:
                 if not registry.claim_host(version, urgent=True):
                     break
                 self._read_again(version)
-        for version in list(registry.host_wanted):
-            if registry.claim_host(version, urgent=False):
+        for version, record in list(registry.host_wanted.items()):
+            if registry.claim_host(version, urgent=record.pinned is Tier.HOST):
                 self._read_again(version)
         if self.compaction_wanted or time.monotonic() < self._not_before:
             return None

@@ -295,13 +295,15 @@ class AdapterLoads:
         outcome = "ok"
         try:
             loaded = self._read_kept(version)
-        except ServingError as cause:
-            outcome = cause.reason
+        except Exception as cause:
+            # Also a bug of ours ends the claim, or requests would wait for the copy for ever.
+            known = cause if isinstance(cause, ServingError) else ServingError("The server's log has the details.")
+            outcome = known.reason
             error = AdapterUnloadedError(
-                f"Adapter {version} had left memory and could not be read again. {cause.message}"
+                f"Adapter {version} had left memory and could not be read again. {known.message}"
             )
             _log.warning(
-                "adapter_reread_failed", adapter=version.adapter_id, digest=version.digest, message=cause.message
+                "adapter_reread_failed", version=str(version), message=known.message, exc_info=known is not cause
             )
             with self._core.changed:
                 self._core.registry.abandon_host(version)

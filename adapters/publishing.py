@@ -63,6 +63,8 @@ def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, inte
                 raise OverruledError(f"Adapter {adapter_id!r} was unloaded while it was loaded, or before.")
             check_is_no_alias(core, adapter_id)
             pin = core.registry.pins.get(adapter_id)
+            if record.error is not None:  # it was proven, and then its copy to the device failed, say
+                raise type(record.error)(record.error.message, record.error.metadata)
             before = core.registry.current.get(adapter_id)
             check_room(core.registry, record, pin, None if before is record else before)
         # Files are dropped only of versions that are not needed, and this one may just become one that is.

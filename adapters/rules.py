@@ -92,6 +92,8 @@ def _check_record(registry: Registry, record: Record) -> None:
     assert record.wanted == (registry.wanted.get(version) is record)
     assert not (record.wanted and (record.slot is not None or record.error))
     assert not record.wanted or record.in_flight or record.pinned is Tier.DEVICE
+    if version in registry.host_wanted:
+        assert record.host is None and (record.in_flight or record.pinned is Tier.HOST)
 
 
 def _size(record: Record, tier: Tier) -> int:

@@ -120,7 +120,8 @@ class World:
         """Whether content that has been read may become current."""
         known = self.registry.by_id.get(adapter_id, {}).get(digest)
         record = known or Record(AdapterVersion(adapter_id, digest), ORIGIN, size, device_size or size)
-        return self.has_room(record, self.registry.pins.get(adapter_id), self.registry.current.get(adapter_id))
+        current = self.registry.current.get(adapter_id)
+        return self.has_room(record, self.registry.pins.get(adapter_id), None if current is record else current)
 
     def can_alias(self, record):
         """Whether an alias may lead to a version that is held as a candidate."""

@@ -197,7 +197,8 @@ def test_wish_outlives_the_request_whose_it_was_while_another_holds_the_version(
 
 
 def test_wish_is_not_made_for_what_is_there_or_failed(world):
-    record = world.record(world.run("a") if world.load("a") else None)
+    world.load("a")
+    record = world.record(world.run("a"))
     world.registry.want(record)
     world.registry.want_host(record)
     assert not world.registry.wanted and not world.registry.host_wanted
