@@ -14,6 +14,7 @@ from lorikeet.protos.v1.generation_pb2_grpc import GenerationServiceStub
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.lifecycle import serve_until_stopped
 from lorikeet.server.metrics import ServerMetrics
+from lorikeet.server.policy.holder import PolicyHolder
 from prometheus_client import CollectorRegistry
 
 from .fake_manager import FakeManager
@@ -68,6 +69,7 @@ def app():
         ),
         manager=Manager(),
         state=SimpleNamespace(close=lambda: None),
+        policy=PolicyHolder(None),
         watcher=None,
         engine=Engine(),
         max_context=64,

@@ -80,6 +80,6 @@ class Actor(threading.Thread):
                     expected |= READ_FAULTS
                 if now["device"] > before["device"]:
                     expected |= DEVICE_FAULTS
-                expected |= self.excused()
+                expected.update(self.excused())
             self.world.check_reason(operation, error.reason, error.message, expected)
             return error

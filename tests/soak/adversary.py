@@ -1,5 +1,6 @@
 """A client and a person at the disk who mean no good: malformed and invented ids, folders that must never be served."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ from typing import Final
 
 import torch
 from lorikeet.adapters.errors import ServingError
+from lorikeet.adapters.golden import read_golden, write_golden
 from lorikeet.adapters.info import Tier
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .actor import Actor
-from .contents import CONFIG, WEIGHTS, remove
+from .contents import CONFIG, WEIGHTS, digest_of, remove
 from .world import World
 
 NUM_INVENTED: Final = 40
@@ -113,6 +115,7 @@ class Adversary(Actor):
         # Made once: the libraries that make them keep a little of each.
         tensors = load_file(self._outside / WEIGHTS)
         self._bad_weights = [save(spoil(tensors)) for spoil in TENSOR_SPOILERS]
+        self._make_disproven()
 
     def forget(self) -> None:
         """Remove what was put there."""
@@ -122,7 +125,15 @@ class Adversary(Actor):
 
     def act(self) -> None:
         """One operation."""
-        self.rng.choice([self._name_malformed, self._invent, self._spoil_watched, self._load_spoiled, self._escape])()
+        actions = (
+            self._name_malformed,
+            self._invent,
+            self._spoil_watched,
+            self._load_spoiled,
+            self._load_disproven,
+            self._escape,
+        )
+        self.rng.choice(actions)()
 
     def _name_malformed(self) -> None:
         reference = self.rng.choice([*MALFORMED, *BAD_DIGESTS])
@@ -171,6 +182,28 @@ class Adversary(Actor):
         call = self.rng.choice([self.world.app.manager.load, self.world.app.manager.plan_load])
         self._refused("bad load", lambda: call(f"{name}-called", f".{name}"), REFUSALS)
 
+    def _load_disproven(self) -> None:
+        """Its files are fine, and say of themselves that they answer something else."""
+        self._refused(
+            "disproven load",
+            lambda: self.world.app.manager.load("disproven", ".disproven"),
+            {"ADAPTER_PROOF_FAILED", "QUEUE_FULL"},
+            reads=True,
+        )
+
+    def _make_disproven(self) -> None:
+        """A content of its own, with the golden file of another scaling."""
+        proven = next(content for content in self.world.contents if content.is_proven)
+        directory = self.world.root / ".disproven"
+        shutil.copytree(proven.directory, directory)
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+        golden = read_golden(proven.directory, digest=proven.digest)
+        assert golden is not None
+        digest = digest_of(directory)
+        write_golden(directory, dataclasses.replace(golden, digest=digest))
+        self.world.never_served.add(digest)
+
     def _escape(self) -> None:
         source = self.rng.choice(["..", "../outside", str(self._outside), "/", ".staged/../../outside", ".staged/\0"])
         self._refused("escape", lambda: self.world.app.manager.load("escaped", source), {"ADAPTER_ID_INVALID"})
@@ -186,7 +219,7 @@ class Adversary(Actor):
             self.rng.choice(SPOILERS)(directory)
         return directory
 
-    def _refused(self, operation: str, call: Callable[[], object], allowed: set[str]) -> None:
-        result = self.attempt(operation, call, allowed)
+    def _refused(self, operation: str, call: Callable[[], object], allowed: set[str], *, reads: bool = False) -> None:
+        result = self.attempt(operation, call, allowed, reads=reads)
         if not isinstance(result, ServingError):
             self.world.report(f"{operation} was accepted: {result}")

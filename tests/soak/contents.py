@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from lorikeet.adapters.golden import GOLDEN_FILE
 from safetensors.torch import load_file, save_file
 
 CONFIG: Final = "adapter_config.json"
@@ -27,7 +28,8 @@ _RECIPES: Final = (
     (8, 3, True),
     (8, 8, False),
 )
-LARGEST: Final = 7  # index of the one that takes most memory
+# Which of them carry a golden file.
+PROVEN: Final = (3, 6)
 
 _trash = itertools.count()
 
@@ -38,13 +40,18 @@ class Content:
 
     Attributes:
         name: of its directory.
-        directory: outside of what a server watches.
+        directory: outside of what a server watches; some hold a golden file, too.
         digest: the version that it is.
     """
 
     name: str
     directory: Path
     digest: str
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether it carries a golden file."""
+        return (self.directory / GOLDEN_FILE).exists()
 
 
 def make_contents(template: Path, out: Path) -> list[Content]:
@@ -91,8 +98,18 @@ def place(content: Content, target: Path) -> None:
 def overwrite(content: Content, target: Path) -> None:
     """Write a content's files over those of a folder, as `cp` does."""
     target.mkdir(exist_ok=True)
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(content.directory / name, target / name)
+    (target / GOLDEN_FILE).unlink(missing_ok=True)
+    for source in sorted(content.directory.iterdir()):
+        shutil.copyfile(source, target / source.name)
+
+
+def rename_over(content: Content, target: Path) -> None:
+    """Put a content's files in the places of those of a folder one by one, as tools that sync folders do."""
+    target.mkdir(exist_ok=True)
+    (target / GOLDEN_FILE).unlink(missing_ok=True)
+    for source in sorted(content.directory.iterdir()):
+        shutil.copyfile(source, target / f"{source.name}.new")
+        os.replace(target / f"{source.name}.new", target / source.name)
 
 
 def remove(target: Path) -> None:

@@ -1,14 +1,13 @@
 """A person at the watched folders: copies, replaces, truncates and removes, carefully and carelessly."""
 
 import os
-import shutil
 import time
 from typing import Final
 
 from lorikeet.adapters.info import AdapterState
 
 from .actor import Actor
-from .contents import CONFIG, WEIGHTS, Content, overwrite, place, remove
+from .contents import WEIGHTS, Content, overwrite, place, remove, rename_over
 from .world import World
 
 # What the watcher and the loads that it starts may take to follow the folders, when nothing else goes on.
@@ -67,11 +66,7 @@ class FolderKeeper(Actor):
 
     def _rename_files(self, adapter_id: str, content: Content) -> None:
         self._unlink(adapter_id)
-        target = self.world.root / adapter_id
-        target.mkdir(exist_ok=True)
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(content.directory / name, target / f"{name}.new")
-            os.replace(target / f"{name}.new", target / name)
+        rename_over(content, self.world.root / adapter_id)
         self._whole[adapter_id] = content
 
     def _truncate(self, adapter_id: str, content: Content) -> None:

@@ -40,7 +40,8 @@ class Logs:
             name = str(event["event"])
             self._counts[name] += 1
             if name == "adapter_reread_failed":
-                (self.lost if "disk reported" in str(event["message"]) else self.forsaken).add(str(event["adapter"]))
+                adapter_id = str(event.get("version")).partition("@")[0]
+                (self.lost if "disk reported" in str(event.get("message")) else self.forsaken).add(adapter_id)
             if method in _SERIOUS and name not in _EXPECTED and len(self.unexpected) < 10:
                 formatted = structlog.processors.format_exc_info(logger, method, dict(event))
                 self.unexpected.append(f"{method}: {formatted}")

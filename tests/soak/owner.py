@@ -13,8 +13,8 @@ from .world import World
 NOT_FOUND, IN_USE, NO_VERSION = "ADAPTER_NOT_FOUND", "ADAPTER_IN_USE", "ADAPTER_NO_VERSION"
 MEMORY, NOT_READY, UNLOADED = "ADAPTER_MEMORY", "ADAPTER_NOT_READY", "ADAPTER_UNLOADED"
 UNREADABLE, MISMATCH = "ADAPTER_UNREADABLE", "ADAPTER_MISMATCH"
-# Pins may leave no room for it.
-LOAD_REFUSALS: Final = {MEMORY}
+# Pins may leave no room for it, and the engine may have no time for its golden file.
+LOAD_REFUSALS: Final = {MEMORY, "QUEUE_FULL"}
 
 
 @dataclass(slots=True)
@@ -109,6 +109,8 @@ class Owner(Actor):
                 change.acknowledged()
                 self.owned[adapter_id].become(content.digest)
                 self._check_current(adapter_id, info)
+                if bool(info.proof) != content.is_proven:
+                    self.world.report(f"{adapter_id} was loaded from {content}, and its proof is {info.proof!r}")
 
     def _load_unexpected(self, adapter_id: str) -> None:
         content, other = self.rng.sample(self.world.contents, 2)
@@ -158,7 +160,7 @@ class Owner(Actor):
                 "rollback",
                 lambda: self.manager.rollback(adapter_id, prefix),
                 # The store has little room, so the files may not be kept any more.
-                {NO_VERSION, MEMORY, NOT_FOUND} if not owned.current else {NO_VERSION, MEMORY},
+                {NO_VERSION, *LOAD_REFUSALS} | (set() if owned.current else {NOT_FOUND}),
                 reads=True,
             )
             if not isinstance(info, ServingError):

@@ -20,6 +20,7 @@ COLLISIONS: Final = {
     "ADAPTER_INVALID",  # a watched folder that is being written
     "ADAPTER_INCOMPATIBLE",  # likewise: the config is new, the weights are not yet
     "ADAPTER_ID_INVALID",  # an alias where an id is asked for, and vice versa
+    "QUEUE_FULL",  # the engine has no time for a golden file
     "ADAPTER_MISMATCH",  # the folder that a version must be read from again has changed
 }
 

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ class World:
         self.is_closing = False
         self.live = 0  # requests that were accepted and have not ended
         self.by_digest = {content.digest: content for content in self.contents}
+        self.never_served: set[str] = set()  # digests that may be read and kept, but must be refused
         self._lock = threading.Lock()
 
     def report(self, problem: str) -> None:
@@ -137,13 +138,15 @@ class World:
         if reason not in allowed and not (self.is_closing and reason in CLOSING):
             self.report(f"{operation} ended with {reason}: {message}; expected was one of {sorted(allowed)}")
 
-    def wait_for(self, condition, what: str, seconds: float = HANG_S) -> None:
-        """Poll until it holds.
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = HANG_S) -> None:
+        """Poll until it holds; if it does not, what all threads do is on stderr.
 
         Raises:
             AssertionError: it does not come to hold.
         """
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+            if time.monotonic() > deadline:
+                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                raise AssertionError(f"not within {seconds} s: {what}; {self.app.manager.list()}")
             time.sleep(0.01)
