@@ -87,6 +87,10 @@ test: $(DEV_READY) ## the whole test suite on the CPU
 	@$(MAKE) demo PY="$(PY)" || echo 'make: no demo base; the tests that need it will skip and say so'
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' $(PYTEST_ARGS)
 
+soak: $(DEV_READY) ## an hour of random loads, replacements, cancels, faults and kills; every invariant holds, nothing is left
+	@OMP_NUM_THREADS=$(TEST_THREADS) LORIKEET_SOAK_SECONDS=$${LORIKEET_SOAK_SECONDS:-3600} $(OFFLINE) "$(PY)" -P -m pytest -q -s \
+		--timeout 0 tests/soak $(PYTEST_ARGS)
+
 test-gpu: $(DEV_READY) ## the tests that need a CUDA device
 	@$(OFFLINE) "$(PY)" -P -m pytest -m gpu $(PYTEST_ARGS)
 

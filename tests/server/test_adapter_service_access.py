@@ -179,7 +179,7 @@ async def test_right_to_use_an_alias_does_not_need_the_right_to_use_its_targets(
 
 
 async def test_base_is_asked_about_too():
-    access = OnlyAccess()
+    access = OnlyAccess([""])
     async with serve(access=access, engine=FakeEngine()) as (_, channel, _):
         response = await GenerationServiceStub(channel).Generate(generation_pb2.GenerateRequest(prompt="x"))
     assert response.text == "Hello world"
