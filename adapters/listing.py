@@ -25,7 +25,7 @@ def find_all(registry: Registry) -> Found:
     """Everything there is."""
     return Found(
         list(registry.records.values()),
-        [adapter_id for adapter_id in registry.loading if adapter_id not in registry.by_id],
+        [i for i in registry.loading if not any(r.is_kept for r in registry.by_id.get(i, {}).values())],
         [(i, error) for i, error in registry.failed.items() if i not in registry.loading],
     )
 

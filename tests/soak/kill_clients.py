@@ -107,7 +107,10 @@ class Manager:
             (self._delete_alias, 3),
         )
         act = self._rng.choices([act for act, _ in operations], [weight for _, weight in operations])[0]
-        return act(client, self._rng.choice(self._ids))
+        adapter_id = self._rng.choice(self._ids)
+        if not self.acknowledged.ids[adapter_id].current and self._rng.random() < 0.7:
+            act = self._load
+        return act(client, adapter_id)
 
     def _call(self, name: str, after: Knowledge | None, refusal: str, call: Callable[[], object]) -> bool:
         """Make a change; whether the server is still there.

@@ -20,7 +20,7 @@ from .references import References
 
 MIN_ROUNDS = 2
 # How long clients work before the kill.
-WORK_S = (0.1, 2.0)
+WORK_S = (0.2, 3.0)
 # Beyond what a start takes: a server that is killed while it starts.
 START_S = 12.0
 
