@@ -64,7 +64,7 @@ class AdapterAdministration:
             with core.changed:
                 check_unload(core.registry, adapter_id)
             saved = core.state.database.get(adapter_id)
-            if saved is not None and saved.folder_digest:
+            if saved is not None and saved.folder_digest and self._loads.has_folder(adapter_id):
                 # The folder is still there, and found again at the next start: remember that it is not wanted.
                 previous = saved.digest or saved.previous
                 core.state.database.save(dataclasses.replace(saved, digest="", by_call=False, previous=previous))

@@ -171,6 +171,10 @@ class AdapterLoads:
         """Slow remote loads must not hold up a rollback, so versions that are kept here do not wait for them."""
         return self._kept_pool if isinstance(source, StoredSource) else self._pool
 
+    def has_folder(self, adapter_id: str) -> bool:
+        """Whether there is a folder of this id right now, which would be found again at the next start."""
+        return any((root / adapter_id).is_dir() for root in self._sources.roots)
+
     def _is_folder(self, adapter_id: str, source: Source) -> bool:
         """Whether that is the folder that is watched under this id."""
         return isinstance(source, LocalSource) and any(

@@ -224,8 +224,8 @@ class AdapterWatcher:
         if now - folder.gone_since < self._settle_s:
             return True
         del self._folders[name]
-        if folder.directory is not None:
-            self._manager.folder_gone(name, folder.directory)
+        # Also of a folder that never settled: a call may have loaded it meanwhile.
+        self._manager.folder_gone(name, folder.directory or folder.path.resolve())
         return False
 
     def _is_complete(self, folder: _Folder) -> bool:

@@ -33,8 +33,9 @@ def check_quiet(world: World) -> None:
         for record in registry.records.values():
             assert record.in_flight == record.holds == record.active == 0, record
             assert not record.host_claimed and not record.device_claimed, record
-        for version, record in registry.wanted.items():
-            assert record.pinned is Tier.DEVICE, f"{version} is wanted by nobody"
+            assert record.pinned is not Tier.DEVICE or record.slot is not None, record
+            assert record.pinned is not Tier.HOST or record.host is not None, record
+        assert not registry.wanted and not registry.host_wanted
         assert world.app.manager.store.used_bytes == registry.memory.device_used
         current = {adapter_id: record.version.digest for adapter_id, record in registry.current.items()}
         failed = set(registry.failed)
@@ -82,17 +83,17 @@ def check_store(world: World) -> None:
 
 
 def wait_until_quiet(world: World) -> None:
-    """Until requests have ended and loads and drains are over; operations are paused."""
+    """Until requests, loads and drains are over and what is pinned has come in; operations are paused."""
     core = world.app.manager._core
 
     def is_quiet() -> bool:
         with core.changed:
             registry = core.registry
-            busy = registry.loading or registry.draining or core._storing or registry.host_wanted
+            busy = registry.loading or registry.draining or core._storing or registry.wanted or registry.host_wanted
             held = any(r.in_flight or r.host_claimed or r.device_claimed for r in registry.records.values())
         return not (world.live or busy or held)
 
-    world.wait_for(is_quiet, "requests, loads and drains end")
+    world.wait_for(is_quiet, "requests, loads and drains end, and pins hold")
 
 
 def empty(world: World) -> None:
