@@ -121,5 +121,6 @@ def empty(world: World) -> None:
         assert not registry.records and not registry.by_id and not registry.digests and not registry.pins
         assert not registry.wanted and not registry.host_wanted and not registry.draining and not registry.failed
         assert registry.memory.host_used == registry.memory.device_used == 0
+    world.wait_for(lambda: not world.watcher._folders, "the watcher has missed the folders")
     world.wait_for(lambda: not world.app.state.database.load().adapters, "the folders are forgotten")
     assert manager.store.used_bytes == 0
