@@ -60,7 +60,7 @@ class Checkpoint:
     config: AdapterConfig
     digest: str
     modules: dict[str, AdaptedModule]
-    files: dict[str, tuple[bytes | bytearray, ...]]
+    files: dict[str, tuple[bytes | memoryview, ...]]
 
 
 def load_checkpoint(
@@ -169,7 +169,7 @@ def _names(directory: Path) -> list[str]:
         raise AdapterInvalidError("The adapter folder cannot be read.") from None
 
 
-def read_module(group: ModuleTensors, payload: bytearray) -> AdaptedModule:
+def read_module(group: ModuleTensors, payload: memoryview) -> AdaptedModule:
     """The tensors of one module, as views of the payload.
 
     Raises:
@@ -184,7 +184,7 @@ def read_module(group: ModuleTensors, payload: bytearray) -> AdaptedModule:
     )
 
 
-def _tensor(info: TensorInfo, payload: bytearray) -> Tensor:
+def _tensor(info: TensorInfo, payload: memoryview) -> Tensor:
     """A view of the payload, checked to be finite."""
     dtype = _DTYPES[info.dtype]
     if info.start == info.stop:  # AdaLoRA may keep no rank at all; torch.frombuffer refuses an empty range

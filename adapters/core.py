@@ -78,7 +78,7 @@ class ManagerCore:
             else:
                 self.registry.fail_load(adapter_id, ticket, error)
 
-    def keep_files(self, digest: str, files: Mapping[str, Sequence[bytes | bytearray]], *, must: bool) -> bool:
+    def keep_files(self, digest: str, files: Mapping[str, Sequence[bytes | memoryview]], *, must: bool) -> bool:
         """Put a version's files into the version store; whether they are there. Nothing in use has to go for it.
 
         To be called in `storing(digest)`.

@@ -35,7 +35,7 @@ class LoadedAdapter(NamedTuple):
     digest: str
     packed: PackedAdapter
     origin: Origin
-    files: Mapping[str, tuple[bytes | bytearray, ...]]
+    files: Mapping[str, tuple[bytes | memoryview, ...]]
     golden: Golden | None
 
 

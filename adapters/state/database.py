@@ -130,7 +130,7 @@ class StateDatabase:
             raise _open_error(path, error) from None
         try:
             self._prepare(path)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             self._connection.close()
             raise _open_error(path, error) from None
         except BaseException:
@@ -225,7 +225,7 @@ class StateDatabase:
                     yield self._connection
             except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
                 raise  # a bug of ours, not the disk's fault
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 code = _primary_code(error)
                 _log.error("adapter_state_failed", error=repr(error))
                 if code in _DAMAGED:
@@ -266,12 +266,14 @@ def _adapter(row: tuple[str, str, str, int, str, str, str, int, int]) -> SavedAd
     )
 
 
-def _primary_code(error: sqlite3.Error) -> int:
+def _primary_code(error: sqlite3.Error | UnicodeDecodeError) -> int:
     """SQLite's result code without its extension; 0 for an error of the Python module itself."""
+    if isinstance(error, UnicodeDecodeError):  # of a damaged schema, which SQLite quotes in its message
+        return sqlite3.SQLITE_CORRUPT
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def _open_error(path: Path, error: sqlite3.Error) -> AdapterStateError:
+def _open_error(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> AdapterStateError:
     code = _primary_code(error)
     _log.error("adapter_state_failed", error=repr(error))
     if code in _DAMAGED:

@@ -178,9 +178,10 @@ def test_a_failed_migration_changes_nothing(database, path, monkeypatch):
         lambda content: b"not a database at all".ljust(len(content), b"."),
         lambda content: content[: len(content) // 2],
         lambda content: content[:200] + os.urandom(len(content) - 200),
+        lambda content: content.replace(b"CREATE TABLE alias", b"CREATE \x80ABLE alias"),
         lambda content: content[:-4096] + bytes(4096),
     ],
-    ids=["other content", "cut off", "random pages", "a lost page"],
+    ids=["other content", "cut off", "random pages", "a schema that is no text", "a lost page"],
 )
 def test_a_damaged_file_says_what_to_do(database, path, damage):
     for i in range(100):
