@@ -75,6 +75,13 @@ class AdapterIncompatibleError(ServingError):
     reason = "ADAPTER_INCOMPATIBLE"
 
 
+class AdapterCompositionError(ServingError):
+    """These adapters, or these weights, cannot answer together."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ADAPTER_COMPOSITION"
+
+
 class AdapterDigestError(ServingError):
     """The digest prefix of a reference `id@digest-prefix` is malformed or fits several versions."""
 

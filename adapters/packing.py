@@ -11,7 +11,10 @@ A slice of rank 0 (not adapted) takes no element: nothing is padded. For example
 (N 4) of a qkv site with K = 8 is A [3, 8], then [2, 8], then [1, 4]: 24 + 16 + 4 elements, site_ranks row (2, 0, 1).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +27,47 @@ from .report import AdapterReport, make_report
 from .sites import Site, SiteTable
 from .tensor_map import count_elements
 
+# Elements; where tensors begin that matmuls read directly.
+REGION_ALIGNMENT: Final = 64
+
+
+class Region(NamedTuple):
+    """A tensor inside `PackedAdapter.data`: contiguous, from element `start` on, a multiple of REGION_ALIGNMENT."""
+
+    start: int
+    shape: tuple[int, ...]
+
+
+class OverrideKind(StrEnum):
+    """What an adapter does to a module beside adding low-rank deltas to sites.
+
+    WEIGHT: the module runs with its own `weight` and `bias` regions (either may be missing) in place of the base's.
+    EMBEDDING_LORA: adds `b` [r, dim] times row `a` [num_embeddings, r] of the token; scaling is folded into `b`.
+    TOKENS: the embedding's rows of `token_ids` are those of `rows` [n, dim]; for the head: the logits of `token_ids`
+        are the products with `rows`.
+    """
+
+    WEIGHT = "weight"
+    EMBEDDING_LORA = "embedding_lora"
+    TOKENS = "tokens"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Override:
+    """One module's.
+
+    Attributes:
+        module: path in the base: of a `modules.Module`, or of a slice of a site (WEIGHT; TOKENS for the head).
+        kind: what is done, and which regions there are.
+        regions: by name.
+        token_ids: int64 [n] on the CPU, ascending; TOKENS only.
+    """
+
+    module: str
+    kind: OverrideKind
+    regions: Mapping[str, Region]
+    token_ids: Tensor | None = None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedAdapter:
@@ -34,12 +78,20 @@ class PackedAdapter:
         site_offsets: int64 [num_sites], element offset of each site's block in `data`; -1 = not adapted.
         site_ranks: int32 [num_sites, max_slices]; 0 = not adapted.
         report: what was applied.
+        site_affines: int64 [num_sites], element offset in `data` of [2, out_features]: the gains and offsets of the site,
+            with y := y * gain + offset before the low-rank delta is added (DoRA, biases); -1 = none. A multiple of
+            REGION_ALIGNMENT.
+        overrides: see there; at most one of a kind for a module.
+        vocab_size: token ids that it knows are below this; None: as many as the base has.
     """
 
     data: Tensor
     site_offsets: Tensor
     site_ranks: Tensor
     report: AdapterReport
+    site_affines: Tensor
+    overrides: tuple[Override, ...] = ()
+    vocab_size: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +138,8 @@ def pack_adapter(
             "The adapter's delta is zero everywhere: it would answer exactly like the base. Was it saved before "
             "training? Loading it must be allowed explicitly (allow_zero)."
         )
-    return PackedAdapter(data, site_offsets, site_ranks, make_report(checkpoint.config, scalings))
+    site_affines = torch.full((len(sites.sites),), -1, dtype=torch.int64)
+    return PackedAdapter(data, site_offsets, site_ranks, make_report(checkpoint.config, scalings), site_affines)
 
 
 def _host_memory(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:

@@ -18,6 +18,10 @@ class AdapterReport:
         num_modules: adapted linears.
         slices: last part of the module path (`q_proj`) -> (rank, scaling) where all layers agree, else the full path of
             each module of that name.
+        full_modules: paths of the modules that do more than add a low-rank delta: whole weights, biases, DoRA, token
+            rows. Their effect cannot be multiplied by a weight.
+        modules: paths of all modules that it changes, those included.
+        vocab_size: token ids that it knows are below this; None: as many as the base has.
     """
 
     method: str
@@ -25,6 +29,9 @@ class AdapterReport:
     max_rank: int
     num_modules: int
     slices: Mapping[str, Scaling]
+    full_modules: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+    vocab_size: int | None = None
 
 
 def make_report(config: AdapterConfig, scalings: Mapping[str, Scaling]) -> AdapterReport:

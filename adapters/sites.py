@@ -29,9 +29,10 @@ class Site:
     Attributes:
         index: position in the `SiteTable`, and row of every per-site table.
         name: full path of the stacked linear, e.g. `model.layers.0.self_attn.qkv_proj`.
-        layer: decoder layer index.
+        layer: decoder layer index; -1 for the head.
         in_features: columns of the weight.
         slices: in output order.
+        is_head: the output head: 16 bit, and its rows are those that sample, not those of the flat batch.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Site:
     layer: int
     in_features: int
     slices: tuple[Slice, ...]
+    is_head: bool = False
 
     @property
     def out_features(self) -> int:

@@ -36,6 +36,7 @@ class GenerationServiceStub:
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
     INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
+    FAILED_PRECONDITION ADAPTER_COMPOSITION
     PERMISSION_DENIED   CLIENT_NOT_ALLOWED
     RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
     DEVICE_MEMORY
@@ -73,6 +74,7 @@ class GenerationServiceServicer:
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
     INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
+    FAILED_PRECONDITION ADAPTER_COMPOSITION
     PERMISSION_DENIED   CLIENT_NOT_ALLOWED
     RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
     DEVICE_MEMORY
@@ -128,6 +130,7 @@ class GenerationService:
     Errors carry a google.rpc.ErrorInfo (domain "lorikeet") and, where a field is to blame, a google.rpc.BadRequest:
     INVALID_ARGUMENT    BAD_REQUEST, PROMPT_TOO_LONG, ADAPTER_ID_INVALID, ADAPTER_DIGEST_INVALID
     NOT_FOUND           ADAPTER_NOT_FOUND (the base never answers in an adapter's place)
+    FAILED_PRECONDITION ADAPTER_COMPOSITION
     PERMISSION_DENIED   CLIENT_NOT_ALLOWED
     RESOURCE_EXHAUSTED  QUEUE_FULL, ADAPTER_QUEUE_FULL, ADAPTER_RATE (a cap of the policy file), ADAPTER_MEMORY,
     DEVICE_MEMORY
