@@ -78,7 +78,7 @@ class PackedAdapter:
         site_offsets: int64 [num_sites], element offset of each site's block in `data`; -1 = not adapted.
         site_ranks: int32 [num_sites, max_slices]; 0 = not adapted.
         report: what was applied.
-        site_affines: int64 [num_sites], element offset in `data` of [2, out_features]: the gains and offsets of the site,
+        site_affines: int64 [num_sites], element offset in `data` of [2, out_features]: gains and offsets of the site,
             with y := y * gain + offset before the low-rank delta is added (DoRA, biases); -1 = none. A multiple of
             REGION_ALIGNMENT.
         overrides: see there; at most one of a kind for a module.
