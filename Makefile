@@ -29,7 +29,7 @@ TEST_THREADS ?= 1
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup proto lint format type test test-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
+.PHONY: help setup proto docs lint format type test test-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -98,6 +98,7 @@ lint: $(DEV_READY) type ## style, types, stub drift, protobuf and deployment fil
 	@"$(PY)" -m ruff check .
 	@"$(PY)" -m ruff format --check .
 	@"$(PY)" protos/generate.py --check
+	@"$(PY)" docs/generate.py --check
 	@"$(BIN)buf" lint
 	@PATH="$(if $(BIN),$(abspath $(BIN)):)$$PATH" deploy/lint.sh
 
@@ -112,9 +113,12 @@ format: $(DEV_READY) ## put the code into the project's style
 proto: $(DEV_READY) ## generate the stubs from protos/v1/*.proto
 	@"$(PY)" protos/generate.py
 
+docs: $(DEV_READY) ## generate docs/adapter_formats.md from the code's list of formats
+	@"$(PY)" docs/generate.py
+
 # --- measurements -----------------------------------------------------------------------------------------------------
 
-bench: $(DEV_READY) ## Lorikeet beside PEFT on this CPU; writes benchmarks/results/
+bench: $(DEV_READY) ## Lorikeet beside PEFT, and what each adapter format costs (ARGS="--only formats"); on this CPU
 	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench-loading: $(DEV_READY) ## time between tokens while large adapters come in, and what a load takes

@@ -57,7 +57,12 @@ class Adaptation:
     @cached_property
     def adapter_id(self) -> str:
         """The ids of the members, joined by "+"; no adapter has such an id."""
-        return "+".join(sorted({member.version.adapter_id for member in self.members}))
+        return "+".join(self.adapter_ids)
+
+    @cached_property
+    def adapter_ids(self) -> tuple[str, ...]:
+        """The ids of the members, sorted, each once: two versions of one adapter may answer together."""
+        return tuple(sorted({member.version.adapter_id for member in self.members}))
 
     @cached_property
     def digest(self) -> str:

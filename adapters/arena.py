@@ -11,7 +11,8 @@ towards 0:
 from bisect import bisect_left, insort
 from typing import Final, NamedTuple
 
-# Extents start at multiples of this many elements: 128 bytes in 16 bit, so that rows of A and B can be read in vectors.
+# Extents start at multiples of this many elements: 128 bytes in 16 bit, so that rows of A and B can be read in vectors
+# (and the regions inside that packing aligns stay so, wherever compaction moves them).
 ALIGNMENT: Final = 64
 
 

@@ -1,12 +1,12 @@
 """An adapter directory as PEFT saves it -> checked tensors in host memory, and the digest that identifies them.
 
-Runs on a loader thread. Only `adapter_config.json` and `adapter_model.safetensors` are read; a pickle is never opened.
-Everything that the header can tell is checked before the payload is read.
+Runs on a loader thread. Only `adapter_config.json`, the safetensors files of the weights and the tokenizer's files are
+read; a pickle is never opened. Everything that the headers can tell is checked before a payload is read.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -17,33 +17,16 @@ from .config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .errors import AdapterInvalidError, AdapterMemoryError
 from .fingerprint import BaseFingerprint
 from .finite import all_finite
-from .paths import open_contained
-from .scaling import Scaling
+from .layout import count_certain_elements
+from .modules import ModuleTable
+from .paths import FileStamp, file_stamp, open_contained
+from .shards import OpenWeights, open_weights
 from .sites import SiteTable
-from .tensor_map import ModuleTensors, count_elements, group_tensors, match_sites
-from .weights_file import WEIGHTS_FILE, TensorInfo, new_digest, read_header, read_payload, unreadable
+from .tensor_map import Placement, group_tensors, place_tensors
+from .tokenizer_files import TokenizerFiles, read_tokenizer_files
+from .weights_file import TensorInfo, new_digest, unreadable
 
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedModule:
-    """One module's finite tensors, as in the file.
-
-    Attributes:
-        scaling: rank and factor.
-        lora_a: [rank, in_features].
-        lora_b: [out_features, rank].
-        lora_e: AdaLoRA's singular values [rank, 1], else None.
-        b_name: name of lora_b in the file, for messages.
-    """
-
-    scaling: Scaling
-    lora_a: Tensor
-    lora_b: Tensor
-    lora_e: Tensor | None
-    b_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +35,26 @@ class Checkpoint:
 
     Attributes:
         config: parsed.
-        digest: hex SHA-256 of the config's bytes followed by the weights file's bytes.
-        modules: module path -> tensors; CPU, float16, bfloat16 or float32, views of one buffer.
+        digest: hex SHA-256 of the config's bytes, the weights' (index first, then the shards in order) and the
+            tokenizer's.
+        placement: which tensor goes where.
+        tensors: name in the file -> its finite values; CPU, float16, bfloat16 or float32, views of a few buffers.
         files: name -> its bytes, in pieces; what was hashed.
+        tokenizer: what it ships of a tokenizer.
     """
 
     config: AdapterConfig
     digest: str
-    modules: dict[str, AdaptedModule]
+    placement: Placement
+    tensors: Mapping[str, Tensor]
     files: dict[str, tuple[bytes | memoryview, ...]]
+    tokenizer: TokenizerFiles = field(default_factory=TokenizerFiles)
 
 
 def load_checkpoint(
     directory: Path,
     sites: SiteTable,
+    modules: ModuleTable,
     base: BaseFingerprint,
     *,
     roots: Sequence[Path] = (),
@@ -75,9 +64,9 @@ def load_checkpoint(
 
     Args:
         directory: real path.
-        sites: the base's sites.
+        sites, modules: the base's.
         base: the base's name, for messages.
-        roots: both files must lie in one of them; empty when a local tool asks.
+        roots: all files must lie in one of them; empty when a local tool asks.
         max_elements: refuse an adapter of more packed elements before reading its payload.
 
     Raises:
@@ -86,26 +75,33 @@ def load_checkpoint(
         AdapterIncompatibleError: well-formed, but not servable on this base; names the field or tensor.
     """
     with open_contained(directory, CONFIG_FILE, roots) as file:
-        stamps = {CONFIG_FILE: _stamp(os.fstat(file.fileno()))}
+        stamps: dict[str, FileStamp] = {CONFIG_FILE: file_stamp(os.fstat(file.fileno()))}
         config_bytes = _read_config(file)
     config = parse_config(config_bytes)
-    with open_weights(directory, roots) as file:
-        stamps[WEIGHTS_FILE] = _stamp(os.fstat(file.fileno()))
-        header = read_header(file)
-        groups = match_sites(group_tensors(header.tensors, config), config, sites, base)
-        elements = count_elements({module: group.scaling for module, group in groups.items()}, sites)
-        if max_elements is not None and elements > max_elements:
-            raise AdapterMemoryError(
-                f"The adapter takes {elements} elements; the adapter memory holds {max_elements}. Raise its budget."
-            )
+    with open_weights(directory, roots) as weights:
+        stamps |= weights.stamps
+        placement = place_tensors(group_tensors(weights.tensors, config), config, sites, modules, base)
+        check_size(count_certain_elements(placement, sites, modules), max_elements)
         digest = new_digest()
         digest.update(config_bytes)
-        payload = read_payload(file, header, digest)
-    for name, stamp in stamps.items():
-        _check_unchanged(directory, name, stamp)
-    modules = {module: read_module(group, payload) for module, group in groups.items()}
-    files = {CONFIG_FILE: (config_bytes,), WEIGHTS_FILE: (header.raw, payload)}
-    return Checkpoint(config, digest.hexdigest(), modules, files)
+        payloads = weights.read(digest)
+        tokenizer = read_tokenizer_files(directory, roots, stamps)
+        tokenizer.update(digest)
+        for name, stamp in stamps.items():
+            _check_unchanged(directory, name, stamp)
+        tensors = read_tensors(weights, payloads)
+        files: dict[str, tuple[bytes | memoryview, ...]] = {CONFIG_FILE: (config_bytes,)}
+        files |= weights.contents(payloads)
+        files |= {name: (data,) for name, data in tokenizer.files.items()}
+    return Checkpoint(config, digest.hexdigest(), placement, tensors, files, tokenizer)
+
+
+def check_size(elements: int, max_elements: int | None) -> None:
+    """Raise AdapterMemoryError if an adapter takes more elements than there may be."""
+    if max_elements is not None and elements > max_elements:
+        raise AdapterMemoryError(
+            f"The adapter takes {elements} elements; the adapter memory holds {max_elements}. Raise its budget."
+        )
 
 
 def read_config(directory: Path, roots: Sequence[Path] = ()) -> tuple[bytes, AdapterConfig]:
@@ -122,13 +118,13 @@ def _read_config(file: BinaryIO) -> bytes:
         raise unreadable(CONFIG_FILE) from None
 
 
-def _check_unchanged(directory: Path, name: str, stamp: tuple[int, ...]) -> None:
+def _check_unchanged(directory: Path, name: str, stamp: FileStamp) -> None:
     """Raise AdapterInvalidError if a file is no longer the one that was opened, or was written to since.
 
-    Its config and weights need not belong together then.
+    The adapter's files need not belong together then.
     """
     try:
-        unchanged = _stamp(os.stat(directory / name)) == stamp
+        unchanged = file_stamp(os.stat(directory / name)) == stamp
     except OSError:
         unchanged = False
     if not unchanged:
@@ -137,51 +133,24 @@ def _check_unchanged(directory: Path, name: str, stamp: tuple[int, ...]) -> None
         )
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, ...]:
-    """Changes when a file is written to or replaced."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 def check_complete(directory: Path, roots: Sequence[Path]) -> None:
-    """Raise AdapterInvalidError while a file is missing or the weights file is shorter than its header announces."""
+    """Raise AdapterInvalidError while a file is missing or a weights file is shorter than its header announces."""
     open_contained(directory, CONFIG_FILE, roots).close()
-    with open_weights(directory, roots) as file:
-        read_header(file)
+    with open_weights(directory, roots):
+        pass
 
 
-def open_weights(directory: Path, roots: Sequence[Path] = ()) -> BinaryIO:
-    """Open adapter_model.safetensors; a folder that has only a pickle instead is refused by the pickle's name."""
-    if not (directory / WEIGHTS_FILE).is_file():
-        pickle = next((name for name in sorted(_names(directory)) if name.endswith(_PICKLES)), None)
-        if pickle is not None:
-            raise AdapterInvalidError(
-                f"{WEIGHTS_FILE} is missing, and {pickle[:128]!r} is a pickle, which is never opened: it can run code. "
-                "Save the adapter with safe_serialization=True (PEFT's default).",
-                {"file": pickle[:128]},
-            )
-    return open_contained(directory, WEIGHTS_FILE, roots)
-
-
-def _names(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        raise AdapterInvalidError("The adapter folder cannot be read.") from None
-
-
-def read_module(group: ModuleTensors, payload: memoryview) -> AdaptedModule:
-    """The tensors of one module, as views of the payload.
+def read_tensors(weights: OpenWeights, payloads: Sequence[memoryview]) -> dict[str, Tensor]:
+    """Every tensor by name, as a view of its shard's payload.
 
     Raises:
         AdapterInvalidError: a value is not finite; names the tensor.
     """
-    return AdaptedModule(
-        scaling=group.scaling,
-        lora_a=_tensor(group.lora_a, payload),
-        lora_b=_tensor(group.lora_b, payload),
-        lora_e=None if group.lora_e is None else _tensor(group.lora_e, payload),
-        b_name=group.lora_b.name,
-    )
+    return {
+        name: _tensor(info, payload)
+        for shard, payload in zip(weights.shards, payloads, strict=True)
+        for name, info in shard.header.tensors.items()
+    }
 
 
 def _tensor(info: TensorInfo, payload: memoryview) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .adapter_tokenizer import TokenizerMaker
 from .device_store import DeviceStore
 from .errors import AdapterMismatchError, ServingError
 from .golden import Golden
@@ -14,8 +15,9 @@ from .registry import Registry
 from .state.state_dir import StateDir
 from .version import AdapterVersion
 
-# Replays a golden file for a version that no request can name yet; returns a sentence for people.
-Prover = Callable[[AdapterVersion, Golden], str]
+# Replays a golden file for a version that no request can name yet; returns a sentence for people. The number is that of
+# the token ids that the adapter knows; None: as many as the base has.
+Prover = Callable[[AdapterVersion, Golden, int | None], str]
 
 
 class ManagerCore:
@@ -36,6 +38,7 @@ class ManagerCore:
         changed: notified when something that a thread may wait for has happened.
         registry: guarded by `changed`.
         prover: set by the server; None: golden files are not replayed.
+        make_tokenizer: set by the server; None: adapters' own tokenizers are not used.
         reserved: digests that the state directory refers to since before the start; never changes after that.
     """
 
@@ -54,6 +57,7 @@ class ManagerCore:
         self.state = state
         self.observer = observer
         self.prover: Prover | None = None
+        self.make_tokenizer: TokenizerMaker | None = None
         self.reserved: frozenset[str] = frozenset()
         self._storing: Counter[str] = Counter()
         self._drain_deadline_s = drain_deadline_s

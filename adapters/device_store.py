@@ -1,17 +1,22 @@
 """Device memory of adapters: the arena, and the tables that tell the kernels where each slot's blocks lie.
 
+What few adapters have is kept by slot beside the tables, so that one look tells whether a step needs it: affines,
+overrides, another vocabulary.
+
 `reserve`, `remove` and `plan_compaction` change bookkeeping only; the adapter manager calls them under its lock.
 `write` is called by the thread that copies adapters in, `move` by the step thread between steps; neither needs the
 lock, because a slot is written before anyone is told of it, and nothing is written while extents move.
 """
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arena import ExtentAllocator, Move, aligned
-from .packing import PackedAdapter
+from .packing import Override, PackedAdapter, Region
 from .sites import SiteTable
 
 # Overlapping extents are moved through a buffer of this size.
@@ -36,27 +41,39 @@ class DeviceStore:
         max_slots: how many adapters can be resident.
 
     Attributes:
+        site_table: as given.
         arena: [elements], dtype.
         site_offsets: int64 [num_sites, max_slots], element of the arena where the slot's block of the site starts; -1 =
             not adapted. Columns of free slots are stale: no batch refers to them, and `write` sets every entry.
         site_ranks: int32 [num_sites, max_slots, max_slices]; 0 = slice not adapted.
+        site_affines: int64 [num_sites, max_slots], element of the arena where the slot's gains and offsets of the site
+            start; -1 = none. Free slots: as site_offsets.
         rank_sums: int32 [max_slots, num_sites] on the CPU: sum of the slice ranks, what `LoraBatch` needs on the host.
+        has_affine: bool [max_slots, num_sites] on the CPU: whether site_affines is not -1, for the same.
+        affine_slots: slots that have an affine at any site.
+        overrides: slot -> what it puts in place of the base's own; their token ids are on the device.
+        vocab_sizes: slot -> the token ids that it knows are below this; only those that differ from the base.
     """
 
     def __init__(
         self, site_table: SiteTable, dtype: torch.dtype, device: torch.device, budget_bytes: int, max_slots: int
     ) -> None:
         num_sites, max_slices = len(site_table.sites), site_table.max_slices
+        self.site_table = site_table
         self.device = device
         self.max_slots = max_slots
         self._allocator = ExtentAllocator(budget_bytes // dtype.itemsize)
         self.arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
         self.site_offsets = torch.full((num_sites, max_slots), -1, dtype=torch.int64, device=device)
         self.site_ranks = torch.zeros((num_sites, max_slots, max_slices), dtype=torch.int32, device=device)
+        self.site_affines = torch.full((num_sites, max_slots), -1, dtype=torch.int64, device=device)
         self.rank_sums = torch.zeros((max_slots, num_sites), dtype=torch.int32)
+        self.has_affine = torch.zeros((max_slots, num_sites), dtype=torch.bool)
+        self.affine_slots: set[int] = set()
+        self.overrides: dict[int, tuple[Override, ...]] = {}
+        self.vocab_sizes: dict[int, int] = {}
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._starts: dict[int, int] = {}  # slot -> start of its extent
-        self._relative: dict[int, Tensor] = {}  # slot -> int64 [num_sites], offsets inside its extent
 
     @property
     def capacity_bytes(self) -> int:
@@ -82,7 +99,6 @@ class DeviceStore:
             return None
         slot = self._free_slots.pop()
         self._starts[slot] = start
-        self._relative[slot] = packed.site_offsets
         return Placement(slot, start)
 
     def write(self, placement: Placement, packed: PackedAdapter) -> None:
@@ -94,7 +110,15 @@ class DeviceStore:
         self.arena[start : start + packed.data.numel()].copy_(packed.data, non_blocking=True)
         self.site_offsets[:, slot] = _absolute(packed.site_offsets, start).to(self.device)
         self.site_ranks[:, slot] = packed.site_ranks.to(self.device)
+        self.site_affines[:, slot] = _absolute(packed.site_affines, start).to(self.device)
         self.rank_sums[slot] = packed.site_ranks.sum(dim=1, dtype=torch.int32)
+        self.has_affine[slot] = packed.site_affines >= 0
+        if self.has_affine[slot].any():
+            self.affine_slots.add(slot)
+        if packed.overrides:
+            self.overrides[slot] = tuple(self._with_device_ids(override) for override in packed.overrides)
+        if packed.vocab_size is not None:
+            self.vocab_sizes[slot] = packed.vocab_size
 
     def install(self, packed: PackedAdapter) -> int | None:
         """Reserve and write in one: the slot, or None when there is no room."""
@@ -111,8 +135,15 @@ class DeviceStore:
             KeyError: the slot is free.
         """
         self._allocator.free(self._starts.pop(slot))
-        del self._relative[slot]
+        self.affine_slots.discard(slot)
+        self.overrides.pop(slot, None)
+        self.vocab_sizes.pop(slot, None)
         self._free_slots.append(slot)
+
+    def override_tensor(self, slot: int, region: Region) -> Tensor:
+        """The tensor of a region of a slot's adapter: a view of the arena, right until extents move."""
+        start = self._starts[slot] + region.start
+        return self.arena[start : start + math.prod(region.shape)].view(region.shape)
 
     def compact(self) -> int:
         """Remove all gaps between extents; the number of extents moved. For a store that only one thread uses."""
@@ -135,14 +166,21 @@ class DeviceStore:
         buffer = torch.empty(MOVE_BUFFER_BYTES // self.arena.element_size(), dtype=self.arena.dtype, device=self.device)
         for slot, (source, target, size) in moves:
             self._slide(source, target, size, buffer)
-            offsets = self.site_offsets[:, slot]
-            offsets += torch.where(offsets >= 0, target - source, 0)
+            for table in (self.site_offsets, self.site_affines):
+                offsets = table[:, slot]
+                offsets += torch.where(offsets >= 0, target - source, 0)
 
     def check_integrity(self) -> None:
         """Assert that slots and extents are each owned exactly once."""
         self._allocator.check_integrity()
         assert sorted([*self._free_slots, *self._starts]) == list(range(self.max_slots))
-        assert len(set(self._starts.values())) == len(self._starts) == len(self._relative)
+        assert len(set(self._starts.values())) == len(self._starts)
+        assert self.affine_slots | self.overrides.keys() | self.vocab_sizes.keys() <= self._starts.keys()
+
+    def _with_device_ids(self, override: Override) -> Override:
+        if override.token_ids is None:
+            return override
+        return dataclasses.replace(override, token_ids=override.token_ids.to(self.device))
 
     def _slide(self, source: int, target: int, size: int, buffer: Tensor) -> None:
         """Copy [source, source + size) to [target, ...), target < source, in ascending chunks.

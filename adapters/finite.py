@@ -1,4 +1,4 @@
-"""Whether tensors hold finite numbers only; runs over every byte of every adapter, so it is worth a quick way."""
+"""How large the numbers of tensors are; runs over every byte of every adapter, so it is worth a quick way."""
 
 import math
 
@@ -7,12 +7,19 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; True for an empty tensor. Any floating type, on the CPU.
+    """Whether no element is NaN or infinite; True for an empty tensor. Any floating type, on the CPU."""
+    return math.isfinite(largest_magnitude(tensor))
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest absolute value; NaN if any element is, 0 for an empty tensor. Any floating type, on the CPU.
 
     One pass for the extremes, which NaN propagates to, instead of a mask as long as the tensor: 84 MB in 448 tensors
     take 8.5 ms instead of 186 (bfloat16, one thread of an AMD EPYC, Zen 3; 2026-11-22).
     """
     if not tensor.numel():
-        return True
+        return 0.0
     lowest, highest = torch.aminmax(tensor)
-    return math.isfinite(lowest.item()) and math.isfinite(highest.item())
+    # Not max(): of NaN it may return the other.
+    low, high = abs(lowest.item()), abs(highest.item())
+    return low if low > high or math.isnan(low) else high

@@ -196,7 +196,7 @@ def wrong_vocabulary(golden: Golden, vocab_size: int) -> AdapterInvalidError:
     """The error for a golden file that was made on a base of another vocabulary."""
     made_on = f" ({golden.base_model})" if golden.base_model else ""
     return _invalid(
-        f"has logits for a vocabulary of {golden.vocab_size}; the base has {vocab_size}: it was made on another "
+        f"has logits for a vocabulary of {golden.vocab_size}; here it is {vocab_size}: it was made on another "
         f"base{made_on}. {_AGAIN}"
     )
 

@@ -233,12 +233,15 @@ class AdapterLoads:
             record = self._add_candidate(job.adapter_id, loaded, is_stored=is_stored)
         with self._dropping(record):
             if loaded.golden is not None and self._core.prover is not None:
-                record.proof = self._core.prover(record.version, loaded.golden)
+                record.proof = self._core.prover(record.version, loaded.golden, loaded.packed.vocab_size)
             yield record, origin
 
     def _open_and_read(self, adapter_id: str, source: Source, options: LoadOptions) -> LoadedAdapter:
         with self._opened(source) as (directory, roots, name):
-            return self._reader.read(adapter_id, directory, roots=roots, options=options, name=name)
+            loaded = self._reader.read(adapter_id, directory, roots=roots, options=options, name=name)
+        if self._core.make_tokenizer is None:
+            return loaded
+        return loaded._replace(tokenizer=self._core.make_tokenizer(loaded.tokenizer_files, loaded.packed.vocab_size))
 
     @contextlib.contextmanager
     def _opened(self, source: Source) -> Iterator[tuple[Path, Sequence[Path], str]]:
@@ -281,6 +284,7 @@ class AdapterLoads:
                 device_bytes=self._core.device_store.extent_bytes(loaded.packed),
             )
             record.is_stored = is_stored
+            record.tokenizer = loaded.tokenizer
             if self._core.registry.claim_host(record.version, urgent=False):
                 self._core.registry.fill_host(record.version, loaded.packed)
             return record

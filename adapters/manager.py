@@ -7,7 +7,7 @@ bookkeeping, never held while something is read, copied or waited for, and one f
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,9 @@ from typing import Final
 import structlog
 import torch
 
+from .adapter_tokenizer import AdapterVocabulary, TokenizerMaker
 from .administration import AdapterAdministration
+from .composition_rules import check_composition, check_together
 from .core import ManagerCore, Prover
 from .device_loader import DeviceLoader, Events
 from .device_store import DeviceStore
@@ -36,7 +38,9 @@ from .info import (
 from .listing import describe, find_all, find_info, list_infos, record_info
 from .loading import AdapterLoads, shutting_down
 from .lookup import find_version
+from .modules import BaseWeights, ModuleTable
 from .reader import AdapterReader
+from .record import LEASE_S
 from .reference import parse_reference
 from .restoring import restore_called, restore_names, restore_targets
 from .sites import SiteTable
@@ -61,6 +65,8 @@ class AdapterManager:
 
     Args:
         site_table: the base's sites.
+        modules: its other modules.
+        weights: its weights, for adapters that are compared or computed with them.
         base: what adapters may say of the base that they were trained for.
         dtype: compute type, of the arena.
         device: where the base runs.
@@ -89,6 +95,8 @@ class AdapterManager:
     def __init__(
         self,
         site_table: SiteTable,
+        modules: ModuleTable,
+        weights: BaseWeights,
         base: BaseFingerprint,
         *,
         dtype: torch.dtype,
@@ -123,6 +131,8 @@ class AdapterManager:
         self._sources = SourcePolicy(self._roots, tuple(allowed_sources))
         reader = AdapterReader(
             site_table,
+            modules,
+            weights,
             base,
             dtype=dtype,
             pin_memory=device.type == "cuda",
@@ -153,6 +163,15 @@ class AdapterManager:
     @prover.setter
     def prover(self, prover: Prover) -> None:
         self._core.prover = prover
+
+    @property
+    def make_tokenizer(self) -> TokenizerMaker | None:
+        """What reads adapters' own tokenizers; None: the base's serves all. Set by the server likewise."""
+        return self._core.make_tokenizer
+
+    @make_tokenizer.setter
+    def make_tokenizer(self, make_tokenizer: TokenizerMaker) -> None:
+        self._core.make_tokenizer = make_tokenizer
 
     def start(self) -> None:
         """Start bringing adapters to the device."""
@@ -374,6 +393,23 @@ class AdapterManager:
         with self._changed:
             return self._registry.resolve(name, digest_prefix, routing_key)
 
+    def check_composition(self, members: Sequence[tuple[AdapterVersion, float]]) -> None:
+        """Raise unless versions that the caller holds can answer one request together, with these weights.
+
+        Raises:
+            AdapterCompositionError, AdapterMemoryError: see composition_rules.py.
+        """
+        with self._changed:
+            check_composition(self._registry, members)
+
+    def vocabulary(self, versions: Iterable[AdapterVersion]) -> AdapterVocabulary:
+        """What token ids mean to versions that the caller holds and that can answer together."""
+        with self._changed:
+            records = [self._registry.records[version] for version in versions]
+        tokenizers = [record.tokenizer for record in records if record.tokenizer is not None]
+        sizes = [size for record in records if (size := record.origin.report.vocab_size) is not None]
+        return AdapterVocabulary(next(iter(tokenizers), None), next(iter(sizes), None))
+
     def hold(self, version: AdapterVersion) -> None:
         """One more request for a version that the caller holds already; needs one release."""
         with self._changed:
@@ -399,6 +435,29 @@ class AdapterManager:
             if slot is None and not known:
                 self._changed.notify_all()
             return slot
+
+    def try_activate_all(self, versions: Sequence[AdapterVersion], *, keep: bool) -> Sequence[int] | None:
+        """The device slots of several versions, each in use until its `deactivate`.
+
+        Args:
+            versions: distinct, held by a request.
+            keep: those that are there stay for LEASE_S if others are missing.
+
+        Returns:
+            None when one is not there yet: nothing is in use then, and the missing ones will be brought in.
+
+        Raises:
+            AdapterMemoryError: pins leave no room for all of them at the same time.
+            ServingError: one failed, or was dropped at its drain deadline.
+        """
+        with self._changed:
+            num_wanted = len(self._registry.wanted)
+            slots = self._registry.activate_all(versions, time.monotonic() + LEASE_S if keep else 0.0)
+            if slots is None:
+                check_together(self._registry, versions)
+                if len(self._registry.wanted) > num_wanted:
+                    self._changed.notify_all()
+            return slots
 
     def deactivate(self, version: AdapterVersion) -> None:
         """The request no longer runs on the version's slot (it ended, or was preempted)."""

@@ -9,8 +9,12 @@ ranks r_0, r_1, ... and widths N_0, N_1, ...:
 
 A slice of rank 0 (not adapted) takes no element: nothing is padded. For example, rank 2 on q (N 8) and rank 1 on v
 (N 4) of a qkv site with K = 8 is A [3, 8], then [2, 8], then [1, 4]: 24 + 16 + 4 elements, site_ranks row (2, 0, 1).
+
+What adapters have beside low-rank deltas lies behind, aligned to REGION_ALIGNMENT (`layout.py`): affines of sites, then
+the tensors of overrides.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,15 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import AdaptedModule, Checkpoint
+from .arena import ALIGNMENT
+from .checkpoint import Checkpoint, check_size
+from .copies import are_twins, find_copies
+from .dora import Affine, scaled_b, slice_affine
 from .errors import AdapterIncompatibleError, AdapterInvalidError
-from .finite import all_finite
+from .finite import largest_magnitude
+from .layout import Layout, has_low_rank, plan_layout
+from .modules import BaseWeights, ModuleTable
+from .own_weights import fill_region
 from .report import AdapterReport, make_report
 from .sites import Site, SiteTable
-from .tensor_map import count_elements
+from .tensor_names import about, refuse
+from .weights_file import TensorInfo
 
 # Elements; where tensors begin that matmuls read directly.
-REGION_ALIGNMENT: Final = 64
+REGION_ALIGNMENT: Final = ALIGNMENT
+# No trained weight comes near it; sums of products of larger ones would overflow in the computation itself.
+MAX_WEIGHT: Final = 2.0**40
 
 
 class Region(NamedTuple):
@@ -100,46 +113,59 @@ class PackedAdapter:
 
 
 def pack_adapter(
-    checkpoint: Checkpoint, sites: SiteTable, *, dtype: torch.dtype, pin_memory: bool, allow_zero: bool = False
+    checkpoint: Checkpoint,
+    sites: SiteTable,
+    modules: ModuleTable,
+    weights: BaseWeights,
+    *,
+    dtype: torch.dtype,
+    pin_memory: bool,
+    allow_zero: bool = False,
+    max_elements: int | None = None,
 ) -> PackedAdapter:
-    """Lay an adapter out for the arena, folding its scaling (and AdaLoRA's singular values) into lora_B.
+    """Lay an adapter out for the arena, folding its scaling (and AdaLoRA's singular values, DoRA's gains) into lora_B.
 
-    Scaling is applied in float32 and the result rounded to the arena's type once.
+    That is computed in float32 and the result rounded to the arena's type once.
 
     Args:
-        checkpoint: checked tensors, every module in `sites`.
-        sites: the base's sites.
+        checkpoint: checked tensors, every module in `sites` or `modules`.
+        sites, modules, weights: the base's.
         dtype: the arena's.
         pin_memory: whether copies go to a CUDA device.
-        allow_zero: accept an adapter whose delta is zero everywhere.
+        allow_zero: accept an adapter that changes nothing.
+        max_elements: refuse an adapter of more elements.
 
     Raises:
-        AdapterIncompatibleError: a scaled value is too large for `dtype`; names the tensor.
-        AdapterInvalidError: the delta is zero and that is not allowed.
+        AdapterMemoryError: more than max_elements.
+        AdapterIncompatibleError: a value is too large for `dtype`, or does not go with the base; names the tensor.
+        AdapterInvalidError: it changes nothing and that is not allowed, or DoRA divides by zero.
     """
-    scalings = {module: tensors.scaling for module, tensors in checkpoint.modules.items()}
-    data = _host_memory(count_elements(scalings, sites), dtype, pin_memory=pin_memory)
+    dropped = find_copies(checkpoint, modules, weights)
+    layout = plan_layout(
+        checkpoint.placement, sites, modules, dropped=dropped, are_twins=are_twins(checkpoint, modules, dropped)
+    )
+    check_size(layout.num_elements, max_elements)
+    _check_head_bias(layout, modules, weights)
+    data = _host_memory(layout.num_elements, dtype, pin_memory=pin_memory)
+    writer = _Writer(checkpoint, layout, weights, data, dropped)
     site_offsets = torch.full((len(sites.sites),), -1, dtype=torch.int64)
+    site_affines = torch.full((len(sites.sites),), -1, dtype=torch.int64)
     site_ranks = torch.zeros((len(sites.sites), sites.max_slices), dtype=torch.int32)
-    end = 0
-    zero = True
     for site in sites.sites:
-        modules = checkpoint.modules
-        slices = {i: modules[piece.module] for i, piece in enumerate(site.slices) if piece.module in modules}
-        if not any(tensors.scaling.rank for tensors in slices.values()):
-            continue
-        site_offsets[site.index] = end
-        for index, tensors in slices.items():
-            site_ranks[site.index, index] = tensors.scaling.rank
-        end, zero = _pack_site(data, end, site, slices, zero)
-    assert end == data.numel()
-    if zero and not allow_zero:
+        if site.index in layout.low_rank or site.index in layout.affines:
+            ranks = writer.write_site(site)
+            site_ranks[site.index, : len(ranks)] = torch.tensor(ranks, dtype=torch.int32)
+            site_offsets[site.index] = layout.low_rank.get(site.index, -1)
+            site_affines[site.index] = layout.affines.get(site.index, -1)
+    overrides = writer.write_overrides(modules)
+    if not (overrides or writer.is_effective or allow_zero):
         raise AdapterInvalidError(
             "The adapter's delta is zero everywhere: it would answer exactly like the base. Was it saved before "
             "training? Loading it must be allowed explicitly (allow_zero)."
         )
-    site_affines = torch.full((len(sites.sites),), -1, dtype=torch.int64)
-    return PackedAdapter(data, site_offsets, site_ranks, make_report(checkpoint.config, scalings), site_affines)
+    report = make_report(checkpoint.config, checkpoint.placement, dropped)
+    vocab_size = checkpoint.placement.full.vocab_size
+    return PackedAdapter(data, site_offsets, site_ranks, report, site_affines, overrides, vocab_size)
 
 
 def _host_memory(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
@@ -153,30 +179,130 @@ def _host_memory(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
-def _pack_site(data: Tensor, start: int, site: Site, slices: dict[int, AdaptedModule], zero: bool) -> tuple[int, bool]:
-    """Write one site's block at `start`; returns where it ends and whether the delta is zero up to there."""
-    width = site.in_features
-    end_a = start
-    end = start + sum(t.scaling.rank for t in slices.values()) * width
-    for index, tensors in slices.items():
-        rank, out = tensors.scaling.rank, site.slices[index].out_features
-        rows_a = data[end_a : end_a + rank * width].view(rank, width)
-        rows_b = data[end : end + rank * out].view(rank, out)
-        rows_a.copy_(tensors.lora_a)
-        rows_b.copy_(_scaled_b(tensors))
-        if not (all_finite(rows_a) and all_finite(rows_b)):
-            raise AdapterIncompatibleError(
-                f"Tensor {tensors.b_name!r} times its scaling ({tensors.scaling.factor:g}), or the lora_A beside it, "
-                f"has values that do not fit into {data.dtype}.",
-                {"tensor": tensors.b_name[:256]},
+def _check_head_bias(layout: Layout, modules: ModuleTable, weights: BaseWeights) -> None:
+    for override in layout.overrides:
+        if (
+            override.module == modules.head
+            and override.kind == OverrideKind.TOKENS
+            and weights.bias(modules.head) is not None
+        ):
+            raise refuse(
+                override.regions[0].key,
+                "the base's head has a bias, which PEFT drops when it has token rows; train it whole",
             )
-        zero = zero and not bool((rows_a.any(dim=1) & rows_b.any(dim=1)).any())
-        end_a += rank * width
-        end += rank * out
-    return end, zero
 
 
-def _scaled_b(tensors: AdaptedModule) -> Tensor:
-    """B^T scaled: factor * B^T (AdaLoRA: factor * diag(E) * B^T): [rank, out_features], float32."""
-    scaled = tensors.lora_b.to(torch.float32).t() * tensors.scaling.factor
-    return scaled if tensors.lora_e is None else scaled * tensors.lora_e.to(torch.float32)
+class _Writer:
+    """Fills the memory of one adapter.
+
+    Args:
+        checkpoint: the adapter.
+        layout: where everything goes.
+        weights: the base's.
+        data: the memory.
+        dropped: modules whose own weights are left out.
+
+    Attributes:
+        is_effective: whether something of what was written changes an answer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        weights: BaseWeights,
+        data: Tensor,
+        dropped: frozenset[str],
+    ) -> None:
+        self.is_effective = False
+        self._checkpoint = checkpoint
+        self._layout = layout
+        self._weights = weights
+        self._data = data
+        self._dropped = dropped
+        for start in (*layout.affines.values(), *layout.regions.values()):
+            data[max(0, start - ALIGNMENT) : start] = 0  # the gap, and what is written over it later
+
+    def write_site(self, site: Site) -> list[int]:
+        """Write one site's low-rank block and affine; returns the ranks of its slices."""
+        placement, tensors = self._checkpoint.placement, self._checkpoint.tensors
+        adapted = [has_low_rank(placement, piece.module, self._dropped) for piece in site.slices]
+        affines = [
+            slice_affine(self._checkpoint, piece.module, self._weights, is_adapted=is_adapted)
+            for piece, is_adapted in zip(site.slices, adapted, strict=True)
+        ]
+        self._write_affine(site, affines)
+        loras = [placement.lora[p.module] if ok else None for p, ok in zip(site.slices, adapted, strict=True)]
+        ranks = [0 if lora is None else lora.scaling.rank for lora in loras]
+        width, end_a = site.in_features, self._layout.low_rank.get(site.index, 0)
+        end = end_a + sum(ranks) * width
+        for piece, lora, affine in zip(site.slices, loras, affines, strict=True):
+            if lora is None:
+                continue
+            rank, out = lora.scaling.rank, piece.out_features
+            rows_a = self._data[end_a : end_a + rank * width].view(rank, width)
+            rows_b = self._data[end : end + rank * out].view(rank, out)
+            rows_a.copy_(tensors[lora.lora_a.name])
+            scaled = scaled_b(self._checkpoint, lora)
+            # A magnitude is what makes a gain differ from 1 here: where there is none, nothing is to be rounded.
+            rows_b.copy_((scaled if affine is None or lora.magnitude is None else scaled * affine.gain[:, None]).t())
+            self._check(rows_a, lora.lora_a.name)
+            self._check(rows_b, lora.lora_b.name, f" times its scaling ({lora.scaling.factor:g})")
+            self.is_effective = self.is_effective or bool((rows_a.any(dim=1) & rows_b.any(dim=1)).any())
+            end_a += rank * width
+            end += rank * out
+        return ranks
+
+    def write_overrides(self, modules: ModuleTable) -> tuple[Override, ...]:
+        """Write the tensors of all overrides, those that are shared once."""
+        written: set[str] = set()
+        overrides: list[Override] = []
+        for plan in self._layout.overrides:
+            regions: dict[str, Region] = {}
+            for each in plan.regions:
+                region = Region(self._layout.regions[each.key], each.shape)
+                regions[each.name] = region
+                if each.key not in written:
+                    target = self._data[region.start : region.start + math.prod(each.shape)].view(each.shape)
+                    name = fill_region(self._checkpoint, plan, each, modules, target)
+                    self._check(target, name)
+                    written.add(each.key)
+            ids = torch.tensor(plan.token_ids, dtype=torch.int64) if plan.token_ids else None
+            overrides.append(Override(plan.module, OverrideKind(plan.kind), regions, ids))
+        return tuple(overrides)
+
+    def _write_affine(self, site: Site, affines: list[Affine | None]) -> None:
+        if site.index not in self._layout.affines:
+            return
+        start, width = self._layout.affines[site.index], site.out_features
+        gains, offsets = self._data[start : start + 2 * width].view(2, width)
+        first = 0
+        for piece, affine in zip(site.slices, affines, strict=True):
+            columns = slice(first, first + piece.out_features)
+            first += piece.out_features
+            if affine is None:
+                gains[columns], offsets[columns] = 1.0, 0.0
+                continue
+            gains[columns], offsets[columns] = affine.gain, affine.offset
+            for part in (gains[columns], offsets[columns]):
+                self._check(part, self._affine_tensor(piece.module))
+            self.is_effective = self.is_effective or not affine.is_idle
+
+    def _affine_tensor(self, module: str) -> str:
+        """A tensor that the affine of a slice comes from."""
+        placement = self._checkpoint.placement
+        lora = placement.lora.get(module)
+        sources: list[TensorInfo | None] = [
+            placement.full.biases.get(module),
+            *((lora.magnitude, lora.b_bias) if lora is not None else ()),
+        ]
+        return next(info.name for info in sources if info is not None)
+
+    def _check(self, written: Tensor, name: str, how: str = "") -> None:
+        """Raise AdapterIncompatibleError if values are infinite in the arena's type, or too large to compute with."""
+        if not largest_magnitude(written) <= MAX_WEIGHT:
+            raise AdapterIncompatibleError(
+                f"Tensor {name[:256]!r}{how} has values that do not fit into {self._data.dtype}, or are larger than "
+                f"{MAX_WEIGHT:g}, which no trained weight is.",
+                about(name),
+            )

@@ -13,6 +13,8 @@ from typing import BinaryIO, Final
 
 from .errors import AdapterIdError, AdapterInvalidError, AdapterNotFoundError
 
+FileStamp = tuple[int, ...]
+
 _ADAPTER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -86,3 +88,8 @@ def open_contained(directory: Path, name: str, roots: Sequence[Path]) -> BinaryI
         os.close(descriptor)
         raise AdapterInvalidError(f"{name} is not a regular file.", {"file": name})
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Changes when a file is written to or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

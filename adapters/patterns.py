@@ -46,9 +46,11 @@ class TargetMatcher:
         exclude_modules: names or suffixes, or a regular expression.
         layers: `layers_to_transform`; empty for all. It does not restrict a module that target_modules names in full.
         layers_pattern: names of module lists that count as layers; empty for any.
+        whole: `modules_to_save`; what PEFT saves whole it does not adapt.
 
     Attributes:
         explicit: whether target_modules was given, so that a module it names must have tensors.
+        all_linear: whether it is "all-linear", which leaves the output head out.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class TargetMatcher:
         exclude_modules: Sequence[str] | str | None,
         layers: Sequence[int],
         layers_pattern: Sequence[str],
+        whole: Sequence[str] = (),
     ) -> None:
-        everything = target_modules is None or (
-            isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+        self.all_linear = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+        self._whole = tuple(whole)
+        self._targets = (
+            None if target_modules is None or self.all_linear else _matcher("target_modules", target_modules or ())
         )
-        self._targets = None if everything else _matcher("target_modules", target_modules or ())
         self.explicit = target_modules is not None
         self._full_names = () if isinstance(target_modules, str) else frozenset(target_modules or ())
         self._excludes = _matcher("exclude_modules", exclude_modules or ())
@@ -73,8 +77,8 @@ class TargetMatcher:
         ]
 
     def __call__(self, module: str) -> bool:
-        """Whether PEFT would adapt a linear of this path."""
-        if self._excludes(module):
+        """Whether PEFT would adapt a module of this path (which is a linear, if target_modules is "all-linear")."""
+        if self._excludes(module) or any(f".{name}." in f".{module}." for name in self._whole):
             return False
         if module in self._full_names:
             return True

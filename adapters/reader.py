@@ -8,15 +8,18 @@ from typing import NamedTuple
 import structlog
 import torch
 
+from .adapter_tokenizer import AdapterTokenizer
 from .card import CARD_FILE, HASH_KEY, read_card
 from .checkpoint import load_checkpoint
 from .errors import AdapterMemoryError, AdapterMismatchError, ServingError
 from .fingerprint import BaseFingerprint
 from .golden import GOLDEN_FILE, Golden, read_golden, serialize_golden
 from .info import LoadOptions
+from .modules import BaseWeights, ModuleTable
 from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
 from .sites import SiteTable
+from .tokenizer_files import TokenizerFiles
 
 _log = structlog.get_logger(__name__)
 
@@ -30,6 +33,8 @@ class LoadedAdapter(NamedTuple):
         origin: where it came from.
         files: name -> content in pieces: what was hashed, and what proves it.
         golden: the prompts and logits that it carries, or None.
+        tokenizer_files: what the adapter ships of a tokenizer.
+        tokenizer: made of them by the server, where it is not quite the base's.
     """
 
     digest: str
@@ -37,6 +42,8 @@ class LoadedAdapter(NamedTuple):
     origin: Origin
     files: Mapping[str, tuple[bytes | memoryview, ...]]
     golden: Golden | None
+    tokenizer_files: TokenizerFiles
+    tokenizer: AdapterTokenizer | None = None
 
 
 class AdapterReader:
@@ -44,6 +51,8 @@ class AdapterReader:
 
     Args:
         site_table: the base's sites.
+        modules: its other modules.
+        weights: its weights, for what is compared or computed with them.
         base: what adapters may say of the base that they were trained for.
         dtype: the arena's.
         pin_memory: whether copies go to a CUDA device.
@@ -53,6 +62,8 @@ class AdapterReader:
     def __init__(
         self,
         site_table: SiteTable,
+        modules: ModuleTable,
+        weights: BaseWeights,
         base: BaseFingerprint,
         *,
         dtype: torch.dtype,
@@ -60,6 +71,8 @@ class AdapterReader:
         max_bytes: int,
     ) -> None:
         self._sites = site_table
+        self._modules = modules
+        self._weights = weights
         self._base = base
         self._dtype = dtype
         self._pin_memory = pin_memory
@@ -93,21 +106,32 @@ class AdapterReader:
             raise ServingError(f"Adapter {adapter_id!r} could not be read; the server's log has the details.") from None
 
     def _read(self, directory: Path, roots: Sequence[Path], options: LoadOptions, name: str) -> LoadedAdapter:
-        checkpoint = load_checkpoint(directory, self._sites, self._base, roots=roots, max_elements=self._max_elements)
+        checkpoint = load_checkpoint(
+            directory, self._sites, self._modules, self._base, roots=roots, max_elements=self._max_elements
+        )
         if options.expected_digest and checkpoint.digest != options.expected_digest:
             raise AdapterMismatchError(
                 f"The content has version {checkpoint.digest}; {options.expected_digest} was expected.",
                 {"version": checkpoint.digest},
             )
         packed = pack_adapter(
-            checkpoint, self._sites, dtype=self._dtype, pin_memory=self._pin_memory, allow_zero=options.allow_zero
+            checkpoint,
+            self._sites,
+            self._modules,
+            self._weights,
+            dtype=self._dtype,
+            pin_memory=self._pin_memory,
+            allow_zero=options.allow_zero,
+            max_elements=self._max_elements,
         )
+        tokenizer = checkpoint.tokenizer
+        tokenizer.check_vocabulary(packed.vocab_size)
         card = read_card(directory, roots)
         warning = self._base.check(
             checkpoint.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
         )
         golden = read_golden(directory, roots, digest=checkpoint.digest)
-        warnings = " ".join(filter(None, (warning, card.warning))) or None
+        warnings = " ".join(filter(None, (warning, card.warning, tokenizer.warning))) or None
         origin = Origin(directory, packed.report, warnings, time.time(), name)
         files = checkpoint.files
         if golden is not None:
@@ -115,4 +139,4 @@ class AdapterReader:
         if card.base_model_sha256 is not None:
             # What was checked, not what is in the file by now.
             files[CARD_FILE] = (f"---\n{HASH_KEY}: {card.base_model_sha256}\n---\n".encode(),)
-        return LoadedAdapter(checkpoint.digest, packed, origin, files, golden)
+        return LoadedAdapter(checkpoint.digest, packed, origin, files, golden, tokenizer)

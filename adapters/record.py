@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from .adapter_tokenizer import AdapterTokenizer
 from .errors import ServingError
 from .info import Tier
 from .origin import Origin
@@ -36,6 +37,7 @@ class Record:
         pinned: tier in which it is kept, while it is current.
         is_stored: its files are in the version store.
         proof: what its golden file proved, for people.
+        tokenizer: its own, where that is not quite the base's.
         in_flight: requests that hold it, calls that wait for it included.
         holds: those of in_flight that are calls, not requests.
         active: running requests that use its slot.
@@ -60,6 +62,7 @@ class Record:
     pinned: Tier | None = None
     is_stored: bool = False
     proof: str = ""
+    tokenizer: AdapterTokenizer | None = None
     in_flight: int = 0
     holds: int = 0
     active: int = 0

@@ -8,7 +8,7 @@ that was dropped by force (`error`) never comes back: the same content loaded ag
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -259,17 +259,33 @@ class Registry:
             ServingError: the version failed or was dropped.
         """
         record = self.records[version]
-        assert record.in_flight > 0, f"{version} activated without being resolved"
-        if record.error is not None:
-            # A new instance: one that is raised again and again would collect every traceback.
-            raise type(record.error)(record.error.message, record.error.metadata)
+        self._check_activation(record)
         if record.slot is None:
             self.want(record)
             return None
-        record.active += 1
-        record.leased_until = 0.0
-        self._touch(record)
-        return record.slot
+        return self._use(record)
+
+    def activate_all(self, versions: Sequence[AdapterVersion], keep_until: float) -> list[int] | None:
+        """Use the slots of several distinct versions for a request, or none and wish for those that are missing.
+
+        Args:
+            versions: held by the request.
+            keep_until: `time.monotonic()` second until which those that are there are kept if others are missing.
+
+        Raises:
+            ServingError: one of them failed or was dropped.
+        """
+        records = [self.records[version] for version in versions]
+        for record in records:
+            self._check_activation(record)
+        if all(record.slot is not None for record in records):
+            return [self._use(record) for record in records]
+        for record in records:
+            if record.slot is None:
+                self.want(record)
+            else:
+                record.leased_until = max(record.leased_until, keep_until)
+        return None
 
     def deactivate(self, version: AdapterVersion) -> None:
         """A request stopped using the version's slot."""
@@ -366,6 +382,19 @@ class Registry:
         record = self.records[version]
         self.memory.abandon_device(record)
         self._collect(record)
+
+    def _check_activation(self, record: Record) -> None:
+        assert record.in_flight > 0, f"{record.version} activated without being resolved"
+        if record.error is not None:
+            # A new instance: one that is raised again and again would collect every traceback.
+            raise type(record.error)(record.error.message, record.error.metadata)
+
+    def _use(self, record: Record) -> int:
+        assert record.slot is not None
+        record.active += 1
+        record.leased_until = 0.0
+        self._touch(record)
+        return record.slot
 
     def _record(self, version: AdapterVersion, origin: Origin, host_bytes: int, device_bytes: int) -> Record:
         """The live record of the content, or a new incarnation of it."""

@@ -1,4 +1,4 @@
-"""Small integer tables that change every step: filled on the host, copied to the device without waiting for it."""
+"""Small tables that change every step: filled on the host, copied to the device without waiting for it."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class StagedInts:
+class StagedValues:
     """A preallocated device tensor that is refilled from host values.
 
     On the CPU the values are written in place. On CUDA they go through pinned memory, asynchronously on the current
@@ -16,7 +16,7 @@ class StagedInts:
 
     Args:
         size: most values.
-        dtype: int32 or int64.
+        dtype: of the tensor.
         device: where the tensor lives; its address never changes, so that a captured CUDA graph may read it.
     """
 
@@ -27,7 +27,7 @@ class StagedInts:
         self._copied = [torch.cuda.Event() for _ in self._hosts]
         self._turn = 0
 
-    def fill(self, values: Sequence[int]) -> Tensor:
+    def fill(self, values: Sequence[int] | Sequence[float]) -> Tensor:
         """Write `values` to the front; a view of that part of the device tensor: [len(values)]."""
         n = len(values)
         if not self._hosts:

@@ -29,7 +29,8 @@ from .golden import GOLDEN_FILE
 from .info import AdapterInfo
 from .manager import AdapterManager
 from .paths import check_adapter_id
-from .weights_file import WEIGHTS_FILE
+from .shards import weights_names
+from .tokenizer_files import TOKENIZER_FILES
 
 SETTLE_S: Final = 1.0
 # How long a folder may stay incomplete, without any change, before it is listed as failed.
@@ -236,8 +237,11 @@ class AdapterWatcher:
         return True
 
 
+_WATCHED: Final = (CONFIG_FILE, GOLDEN_FILE, CARD_FILE, *TOKENIZER_FILES)
+
+
 def _signature(path: Path) -> _Signature:
-    return tuple(_file_signature(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE, CARD_FILE))
+    return tuple(_file_signature(path / name) for name in (*_WATCHED, *weights_names(path)))
 
 
 def _file_signature(path: Path) -> tuple[int, int, int, int] | None:

@@ -68,44 +68,52 @@ class WeightsHeader:
     """The checked header.
 
     Attributes:
+        file_name: for messages.
         tensors: by name.
         raw: the bytes before the payload.
         payload_bytes: length of the rest of the file.
     """
 
+    file_name: str
     tensors: dict[str, TensorInfo]
     raw: bytes
     payload_bytes: int
 
 
-def read_header(file: BinaryIO) -> WeightsHeader:
+def read_header(file: BinaryIO, name: str = WEIGHTS_FILE) -> WeightsHeader:
     """Read and check the header of an open file; nothing else is read.
+
+    Args:
+        file: at its beginning.
+        name: for messages.
 
     Raises:
         AdapterInvalidError: not a safetensors file, or truncated or half-copied.
         AdapterIncompatibleError: a tensor of another type than F16, BF16 or F32.
     """
     size = os.fstat(file.fileno()).st_size
-    prefix = _read_exactly(file, min(8, size))
+    prefix = _read_exactly(file, name, min(8, size))
     length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
     if length < 2 or length > MAX_HEADER_BYTES:
-        start = prefix + _read_exactly(file, min(24, size - len(prefix)))
+        start = prefix + _read_exactly(file, name, min(24, size - len(prefix)))
         what = next((text for magic, text in _IMPOSTORS if start.startswith(magic)), "is not a safetensors file")
-        raise _invalid(f"{what} (it has {size} bytes)")
+        raise invalid_file(name, f"{what} (it has {size} bytes)")
     if 8 + length > size:
-        raise _invalid(f"ends inside its header ({size} bytes); is the copy complete?")
-    body = _read_exactly(file, length)
+        raise invalid_file(name, f"ends inside its header ({size} bytes); is the copy complete?")
+    body = _read_exactly(file, name, length)
     try:
         raw = json.loads(body)
     except (ValueError, RecursionError):
-        raise _invalid("has a header that is not JSON") from None
+        raise invalid_file(name, "has a header that is not JSON") from None
     if not isinstance(raw, dict):
-        raise _invalid("has a header that is not a JSON object")
-    tensors = {name: _tensor_info(name, entry) for name, entry in raw.items() if name != "__metadata__"}
-    announced = _check_offsets(tensors)
+        raise invalid_file(name, "has a header that is not a JSON object")
+    tensors = {key: _tensor_info(name, key, entry) for key, entry in raw.items() if key != "__metadata__"}
+    announced = _check_offsets(name, tensors)
     if 8 + length + announced != size:
-        raise _invalid(f"has {size} bytes but its header announces {8 + length + announced}; is the copy complete?")
-    return WeightsHeader(tensors, prefix + body, announced)
+        raise invalid_file(
+            name, f"has {size} bytes but its header announces {8 + length + announced}; is the copy complete?"
+        )
+    return WeightsHeader(name, tensors, prefix + body, announced)
 
 
 def read_payload(file: BinaryIO, header: WeightsHeader, digest: Digest) -> memoryview:
@@ -115,53 +123,53 @@ def read_payload(file: BinaryIO, header: WeightsHeader, digest: Digest) -> memor
     zeros, which holds the lock, and so the step thread, for 60 to 80 ms (AMD EPYC, Zen 3; 2026-11-22).
     """
     digest.update(header.raw)
-    payload = memoryview(np.empty(header.payload_bytes, np.uint8))
+    payload = np.empty(header.payload_bytes, np.uint8).data
     for start in range(0, len(payload), READ_BYTES):
         chunk = payload[start : start + READ_BYTES]
         filled = 0
         while filled < len(chunk):
-            count = _read_into(file, chunk[filled:])
+            count = _read_into(file, header.file_name, chunk[filled:])
             if not count:
-                raise _invalid("became shorter while it was read; is it still being copied?")
+                raise invalid_file(header.file_name, "became shorter while it was read; is it still being copied?")
             filled += count
         digest.update(chunk)
     return payload
 
 
-def _read_exactly(file: BinaryIO, count: int) -> bytes:
+def _read_exactly(file: BinaryIO, name: str, count: int) -> bytes:
     data = bytearray(count)
     view = memoryview(data)
     filled = 0
     while filled < count:
-        got = _read_into(file, view[filled:])
+        got = _read_into(file, name, view[filled:])
         if not got:
-            raise _invalid("became shorter while it was read; is it still being copied?")
+            raise invalid_file(name, "became shorter while it was read; is it still being copied?")
         filled += got
     return bytes(data)
 
 
-def _read_into(file: BinaryIO, target: memoryview) -> int:
+def _read_into(file: BinaryIO, name: str, target: memoryview) -> int:
     try:
         return os.readv(file.fileno(), [target])
     except OSError:
-        raise unreadable(WEIGHTS_FILE) from None
+        raise unreadable(name) from None
 
 
-def _tensor_info(name: str, entry: object) -> TensorInfo:
+def _tensor_info(name: str, key: str, entry: object) -> TensorInfo:
     if isinstance(entry, dict):
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2:
             if dtype not in _ITEM_BYTES:
                 raise AdapterIncompatibleError(
-                    f"Tensor {name[:256]!r} is of type {dtype[:16]}; served are {', '.join(_ITEM_BYTES)}.", _about(name)
+                    f"Tensor {key[:256]!r} is of type {dtype[:16]}; served are {', '.join(_ITEM_BYTES)}.", _about(key)
                 )
             start, stop = offsets
             if stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
-                raise _invalid(
-                    f"announces {stop - start} bytes for tensor {name[:256]!r} of shape {shape}, type {dtype}"
+                raise invalid_file(
+                    name, f"announces {stop - start} bytes for tensor {key[:256]!r} of shape {shape}, type {dtype}"
                 )
-            return TensorInfo(name, dtype, tuple(shape), start, stop)
-    raise _invalid(f"has a malformed header entry for tensor {name[:256]!r}")
+            return TensorInfo(key, dtype, tuple(shape), start, stop)
+    raise invalid_file(name, f"has a malformed header entry for tensor {key[:256]!r}")
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
@@ -169,12 +177,12 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) <= 8 and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
-def _check_offsets(tensors: dict[str, TensorInfo]) -> int:
+def _check_offsets(name: str, tensors: dict[str, TensorInfo]) -> int:
     """Check that the tensors lie one behind the other without holes; returns where the last ends."""
     end = 0
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if info.start != end:
-            raise _invalid(f"has a hole or an overlap before tensor {info.name[:256]!r}")
+            raise invalid_file(name, f"has a hole or an overlap before tensor {info.name[:256]!r}")
         end = info.stop
     return end
 
@@ -192,5 +200,6 @@ def _about(name: str) -> dict[str, str]:
     return {"tensor": name[:256]}
 
 
-def _invalid(what: str) -> AdapterInvalidError:
-    return AdapterInvalidError(f"{WEIGHTS_FILE} {what}.", {"file": WEIGHTS_FILE})
+def invalid_file(name: str, what: str) -> AdapterInvalidError:
+    """The error of a weights file that is not as it must be."""
+    return AdapterInvalidError(f"{name} {what}.", {"file": name})

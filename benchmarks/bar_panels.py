@@ -8,6 +8,9 @@ from typing import Any
 
 from measurement import Spread
 
+FLAT_LABELS = 6
+"""More groups than that have slanted names, which would overlap."""
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
@@ -41,7 +44,9 @@ def _plot(path: Path, panels: Sequence[Panel], title: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    most = max(len(panel.groups) for panel in panels)
+    wide = max(5.5, 0.9 * most)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(wide * len(panels), 4.2), layout="constrained")
     for axes, panel in zip(all_axes, panels, strict=True):
         width = 0.8 / len(panel.bars)
         for i, (name, spreads) in enumerate(panel.bars.items()):
@@ -52,7 +57,8 @@ def _plot(path: Path, panels: Sequence[Panel], title: str) -> None:
             axes.bar_label(bars, [f"{m:.3g}" for m in medians], fontsize=7, padding=2)
         if panel.limit is not None:
             axes.axhline(panel.limit, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xticks(range(len(panel.groups)), panel.groups)
+        slant = {"rotation": 20, "ha": "right"} if most > FLAT_LABELS else {}
+        axes.set_xticks(range(len(panel.groups)), panel.groups, **slant)
         axes.set_ylabel(panel.label)
         axes.margins(y=0.25)  # room for the legend above the bars
         axes.spines[["top", "right"]].set_visible(False)

@@ -37,6 +37,7 @@ def compare(sides: Sequence[Side], workloads: Sequence[Workload], *, rounds: int
         By stream count, then in the order of `sides`.
     """
     series: list[Series] = []
+    longest = max(len(side.name) for side in sides)
     for workload in workloads:
         of_side = {side.name: Series(side.name, workload.streams) for side in sides}
         for number in range(-1, rounds):
@@ -51,7 +52,7 @@ def compare(sides: Sequence[Side], workloads: Sequence[Workload], *, rounds: int
                 run = side.run(prompts, workload.new_tokens)
                 of_side[side.name].runs.append(run)
                 sys.stderr.write(
-                    f"  {workload.streams:>3} streams, round {number + 1}/{rounds}: {side.name:<15} "
+                    f"  {workload.streams:>3} streams, round {number + 1}/{rounds}: {side.name:<{longest}} "
                     f"{run.tokens_per_s:8.1f} tokens/s  {run.step_ms:8.1f} ms/step\n"
                 )
         series += of_side.values()

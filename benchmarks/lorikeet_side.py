@@ -4,10 +4,12 @@ import itertools
 import queue
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.app import App, assemble
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
@@ -19,6 +21,9 @@ from lorikeet.server.resolve import resolve_compute
 from measurement import Run
 
 RUN_TIMEOUT_S = 900.0
+
+Adapted = str | Mapping[str, float]
+"""What adapts a stream: an adapter's id, "" for the base, or ids with their weights."""
 
 
 class _StepClock:
@@ -91,12 +96,12 @@ class LorikeetSide:
         self._app.manager.close()
         self._app.state.close()
 
-    def run(self, prompts: list[list[int]], adapter_ids: list[str] | None, new_tokens: int) -> Run:
+    def run(self, prompts: list[list[int]], adapted: Sequence[Adapted] | None, new_tokens: int) -> Run:
         """Generate greedily for all prompts at once.
 
         Args:
             prompts: token ids.
-            adapter_ids: one for each prompt; None asks the base.
+            adapted: what adapts each prompt; None asks the base.
             new_tokens: for each prompt.
 
         Raises:
@@ -108,8 +113,8 @@ class LorikeetSide:
         self._clock.clear()
         start, cpu = time.perf_counter(), time.process_time()
         for i, (prompt, inbox) in enumerate(zip(prompts, events, strict=True)):
-            version = None if adapter_ids is None else self._app.manager.resolve(adapter_ids[i])
-            self._app.engine.submit(Request(f"run-{self._runs}-{i}", prompt, params, version, inbox.put))
+            adaptation = self._adaptation("" if adapted is None else adapted[i])
+            self._app.engine.submit(Request(f"run-{self._runs}-{i}", prompt, params, adaptation, inbox.put))
         tokens = [_collect(inbox) for inbox in events]
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
         return Run(
@@ -119,6 +124,11 @@ class LorikeetSide:
             steps_s=self._clock.full_decode_steps(len(prompts)),
             tokens=tokens,
         )
+
+    def _adaptation(self, adapted: Adapted) -> Adaptation | None:
+        weights = {adapted: 1.0} if isinstance(adapted, str) else adapted
+        members = [(self._app.manager.resolve(name), weight) for name, weight in weights.items() if name]
+        return Adaptation.of(members) if members else None
 
 
 def _collect(events: queue.SimpleQueue[Event]) -> list[int]:

@@ -28,6 +28,7 @@ from lorikeet.adapters.config import CONFIG_FILE
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.info import Tier
 from lorikeet.adapters.manager import AdapterManager
+from lorikeet.adapters.modules import Module, ModuleKind, ModuleTable
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.adapters.state.state_dir import open_state_dir
 from lorikeet.adapters.version import AdapterVersion
@@ -36,6 +37,7 @@ from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
 from safetensors.torch import save
+from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
@@ -112,13 +114,32 @@ def write_tiny_adapters(folder: Path, count: int) -> list[str]:
     return names
 
 
+class NoWeights:
+    """Of a base whose adapters are plain LoRA, which asks nothing of them."""
+
+    def column_norms(self, module: str, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """DoRA would."""
+        raise NotImplementedError
+
+    def bias(self, module: str) -> Tensor | None:
+        """Trained biases would."""
+        raise NotImplementedError
+
+    def equals(self, module: str, parameter: str, tensor: Tensor) -> bool:
+        """Saved embeddings would."""
+        raise NotImplementedError
+
+
 @contextlib.contextmanager
 def manager_of(folder: Path, ids: list[str], state_dir: Path) -> Iterator[AdapterManager]:
     """A started manager that has loaded these adapters from their folders, and keeps no copies of the files."""
     state = open_state_dir(state_dir, state_dir.parent, 0)
     site = Site(0, MODULE, 0, WIDTH, (Slice(MODULE, WIDTH),))
+    embedding = Module("embed_tokens", ModuleKind.EMBEDDING, {"weight": (1, WIDTH)})
     manager = AdapterManager(
         SiteTable([site]),
+        ModuleTable({embedding.path: embedding}, embedding.path, "lm_head", is_tied=False, vocab_size=1),
+        NoWeights(),
         BaseFingerprint(),
         dtype=torch.float32,
         device=torch.device("cpu"),

@@ -33,6 +33,26 @@ class Ratio:
         return ratio([r.tokens_per_s for r in one], [r.tokens_per_s for r in other])
 
 
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What `one` adds to the step time of `base`, in units of what `unit` adds to it (less is better)."""
+
+    one: str
+    unit: str
+    base: str
+
+    @property
+    def title(self) -> str:
+        """For a line of text."""
+        return f"{self.one} / {self.unit}, added to {self.base}"
+
+    def at(self, series: Sequence[Series], streams: int) -> Spread:
+        """At one stream count, round by round."""
+        steps = ([r.step_ms for r in find(series, side, streams).runs] for side in (self.one, self.unit, self.base))
+        added = [(one - base, unit - base) for one, unit, base in zip(*steps, strict=True)]
+        return ratio([one for one, _ in added], [unit for _, unit in added])
+
+
 def stream_counts(series: Sequence[Series]) -> list[int]:
     """In the order measured."""
     return list(dict.fromkeys(s.streams for s in series))
@@ -43,7 +63,7 @@ def plural(streams: int) -> str:
     return f"{streams} stream{'' if streams == 1 else 's'}"
 
 
-def as_text(series: Sequence[Series], ratios: Sequence[Ratio]) -> str:
+def as_text(series: Sequence[Series], ratios: Sequence[Ratio | Extra]) -> str:
     """Ratios, then every side: medians with (smallest..largest) over the rounds, steps with (p20..p80)."""
     counts = stream_counts(series)
     width = max(len(r.title) for r in ratios) + 2
@@ -51,15 +71,16 @@ def as_text(series: Sequence[Series], ratios: Sequence[Ratio]) -> str:
     for one in ratios:
         lines.append(f"{one.title:<{width}}" + "".join(f"{one.at(series, n):.2f}".rjust(22) for n in counts))
     heads = " ".join(head.ljust(28) for head in ("tokens/s (min..max)", "ms/step (p20..p80)", "CPU ms/token"))
-    lines += ["", f"{'side':<16} {'streams':>7}  {heads}".rstrip()]
+    longest = max(len("side"), *(len(s.side) for s in series))
+    lines += ["", f"{'side':<{longest}} {'streams':>7}  {heads}".rstrip()]
     for s in series:
         cells = (f"{spread:.1f}".ljust(28) for spread in (s.tokens_per_s, s.step_ms, s.cpu_ms_per_token))
-        lines.append(f"{s.side:<16} {s.streams:>7}  {' '.join(cells)}".rstrip())
+        lines.append(f"{s.side:<{longest}} {s.streams:>7}  {' '.join(cells)}".rstrip())
     return "\n".join(lines)
 
 
 def as_json(
-    series: Sequence[Series], ratios: Sequence[Ratio], machine: dict[str, Any], settings: dict[str, Any]
+    series: Sequence[Series], ratios: Sequence[Ratio | Extra], machine: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything needed to judge or redraw the result, each run included; token ids are left out."""
     return {

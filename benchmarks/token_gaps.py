@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.app import App
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
@@ -51,8 +52,8 @@ class _Stream:
         self._name = name
         self._server = server
         params = SamplingParams(temperature=0.0, max_tokens=server.max_context - len(prompt), ignore_eos=True)
-        version = server.manager.resolve(adapter_id) if adapter_id else None
-        server.engine.submit(Request(name, list(prompt), params, version, self._take))
+        adaptation = Adaptation.single(server.manager.resolve(adapter_id)) if adapter_id else None
+        server.engine.submit(Request(name, list(prompt), params, adaptation, self._take))
 
     def close(self) -> None:
         """Abort it and wait for its end."""

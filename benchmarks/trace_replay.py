@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from local_server import listen
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.info import Tier
 from lorikeet.server.app import App
 from lorikeet.server.engine.request import Delta, Event, Failed, Request
@@ -241,8 +242,8 @@ class _Call:
         self._free = free
         self._ended = threading.Event()
         params = SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True)
-        version = server.manager.resolve(adapter_id)
-        server.engine.submit(Request(name, prompt, params, version, self._take, arrival=arrival))
+        adaptation = Adaptation.single(server.manager.resolve(adapter_id))
+        server.engine.submit(Request(name, prompt, params, adaptation, self._take, arrival=arrival))
 
     def wait(self) -> None:
         """Wait for its end."""

@@ -1,8 +1,10 @@
 """What every side of a comparison runs: prompts, adapters and stream counts, all from one seed."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig
@@ -12,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 # Small enough that greedy text stays text, large enough that every adapter changes it.
 LORA_B_STD = 0.005
+
+Adapter = TypeVar("Adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,28 @@ class Workload:
         return prompts
 
 
-def in_turn(adapter_ids: list[str], streams: int) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much a comparison runs.
+
+    Attributes:
+        streams: stream counts, one after the other.
+        prompt: tokens in each prompt.
+        tokens: to generate for each.
+        adapters: of each kind.
+        rounds: times that every side runs.
+    """
+
+    streams: Sequence[int]
+    prompt: int
+    tokens: int
+    adapters: int
+    rounds: int
+
+
+def in_turn(adapters: Sequence[Adapter], streams: int) -> list[Adapter]:
     """The adapter of each stream: 0, 1, 2, ... and from the first again."""
-    return [adapter_ids[stream % len(adapter_ids)] for stream in range(streams)]
+    return [adapters[stream % len(adapters)] for stream in range(streams)]
 
 
 def write_random_adapters(base: Path, folder: Path, *, count: int, rank: int, seed: int) -> list[str]:

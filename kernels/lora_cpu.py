@@ -29,12 +29,13 @@ _MIN_SCATTERED_SEGMENTS = 4
 
 
 class _Segment(NamedTuple):
-    """Rows [start, end) of one slot, and where its site block starts in the arena, in elements."""
+    """Rows [start, end) of one slot, where its site block starts in the arena, in elements, and the factor of h."""
 
     start: int
     end: int
     offset: int
     ranks: tuple[int, ...]
+    weight: float
 
 
 class _Batch(NamedTuple):
@@ -45,12 +46,14 @@ class _Batch(NamedTuple):
         length: rows of each segment.
         offsets: of the slots' site blocks, one a segment.
         ranks: of the slices.
+        weights: factors of h, one a segment.
     """
 
     rows: slice | Tensor
     length: int
     offsets: list[int]
     ranks: tuple[int, ...]
+    weights: list[float]
 
     def take(self, matrix: Tensor) -> Tensor:
         """Returns the batch's rows of `matrix` [num_tokens, width] as [num_segments, length, width]."""
@@ -66,20 +69,25 @@ def lora_shrink(
     seg_starts: Tensor,
     seg_slots: Tensor,
     max_rank: int,
+    seg_weights: Tensor | None = None,
 ) -> Tensor:
     """See `lora.lora_shrink`."""
     in_features = x.shape[1]
     h = torch.zeros(x.shape[0], max_rank)
     origin = arena.storage_offset()
-    segments, batches = _plan(arena, offsets, ranks, seg_starts, seg_slots)
-    for start, end, offset, slice_ranks in segments:
+    segments, batches = _plan(arena, offsets, ranks, seg_starts, seg_slots, seg_weights)
+    for start, end, offset, slice_ranks, weight in segments:
         rank = sum(slice_ranks)
         lora_a_t = arena.as_strided((in_features, rank), (1, in_features), origin + offset)
-        torch.mm(x[start:end].float(), lora_a_t.float(), out=h[start:end, :rank])
+        slice_h = h[start:end, :rank]
+        torch.addmm(slice_h, x[start:end].float(), lora_a_t.float(), beta=0, alpha=weight, out=slice_h)
     for batch in batches:
         rank = sum(batch.ranks)
         lora_a = _gather(arena, batch.offsets, 0, rank * in_features).view(-1, rank, in_features)
-        product = torch.bmm(batch.take(x).float(), lora_a.transpose(1, 2)).view(-1, rank)
+        product = torch.bmm(batch.take(x).float(), lora_a.transpose(1, 2))
+        if seg_weights is not None:
+            product *= torch.tensor(batch.weights).view(-1, 1, 1)
+        product = product.view(-1, rank)
         if isinstance(batch.rows, slice):
             h[batch.rows, :rank] = product
         else:
@@ -101,7 +109,7 @@ def lora_expand_(
     """See `lora.lora_expand_`."""
     origin = arena.storage_offset()
     segments, batches = _plan(arena, offsets, ranks, seg_starts, seg_slots)
-    for start, end, offset, slice_ranks in segments:
+    for start, end, offset, slice_ranks, _ in segments:
         position = origin + offset + sum(slice_ranks) * in_features
         column = first_rank = 0
         for rank, width in zip(slice_ranks, slice_widths, strict=True):
@@ -143,18 +151,25 @@ def _expand_batch_(
 
 
 def _plan(
-    arena: Tensor, offsets: Tensor, ranks: Tensor, seg_starts: Tensor, seg_slots: Tensor
+    arena: Tensor,
+    offsets: Tensor,
+    ranks: Tensor,
+    seg_starts: Tensor,
+    seg_slots: Tensor,
+    seg_weights: Tensor | None = None,
 ) -> tuple[list[_Segment], list[_Batch]]:
     """Returns the adapted segments to run one by one, and those to run together."""
     slot_offsets, slot_ranks = offsets.numpy(), ranks.numpy()
     starts = seg_starts.tolist()
+    weights = None if seg_weights is None else seg_weights.tolist()
     alone: list[_Segment] = []
     groups: dict[tuple[tuple[int, ...], int], list[_Segment]] = {}
     for g, slot in enumerate(seg_slots.tolist()):
         start, end = starts[g], starts[g + 1]
         if slot < 0 or start == end:
             continue
-        segment = _Segment(start, end, int(slot_offsets[slot]), tuple(slot_ranks[slot].tolist()))
+        weight = 1.0 if weights is None else weights[g]
+        segment = _Segment(start, end, int(slot_offsets[slot]), tuple(slot_ranks[slot].tolist()), weight)
         if not any(segment.ranks):
             continue
         if end - start > _MAX_BATCHED_LENGTH:
@@ -180,13 +195,14 @@ def _batch(group: list[_Segment], dtype: torch.dtype) -> _Batch | None:
     if dtype == torch.float32 and _spacing(offsets) is None:
         return None
     first, last = group[0], group[-1]
+    weights = [segment.weight for segment in group]
     length = first.end - first.start
     if last.end == first.start + len(group) * length:  # segments do not overlap, so no other is in between
-        return _Batch(slice(first.start, last.end), length, offsets, first.ranks)
+        return _Batch(slice(first.start, last.end), length, offsets, first.ranks, weights)
     if len(group) < _MIN_SCATTERED_SEGMENTS:
         return None
     rows = torch.tensor([row for segment in group for row in range(segment.start, segment.end)])
-    return _Batch(rows, length, offsets, first.ranks)
+    return _Batch(rows, length, offsets, first.ranks, weights)
 
 
 def _spacing(offsets: list[int]) -> int | None:

@@ -1,4 +1,4 @@
-"""LoRA shrink and expand in plain fp32 torch, one segment and one slice at a time.
+"""LoRA shrink, expand and affine in plain fp32 torch, one segment and one slice at a time.
 
 The oracle of the tests and the baseline of the benchmarks. Written to be obviously right: it loops, it reads the tables
 back to the host, and it shares no code with the implementations that it judges.
@@ -18,8 +18,9 @@ def lora_shrink_reference(
     seg_starts: Tensor,
     seg_slots: Tensor,
     max_rank: int,
+    seg_weights: Tensor | None = None,
 ) -> Tensor:
-    """Computes `h = x @ A^T` row by row of segments; see `lora.lora_shrink` for the arguments.
+    """Computes `h = weight * (x @ A^T)` segment by segment; see `lora.lora_shrink` for the arguments.
 
     Returns:
         h: [num_tokens, max_rank], float32.
@@ -35,7 +36,8 @@ def lora_shrink_reference(
             continue
         offset = int(offsets[slot])
         lora_a = arena[offset : offset + rank * in_features].reshape(rank, in_features)
-        h[start:end, :rank] = x[start:end].float() @ lora_a.float().T
+        weight = 1.0 if seg_weights is None else float(seg_weights[g])
+        h[start:end, :rank] = weight * (x[start:end].float() @ lora_a.float().T)
     return h
 
 
@@ -67,3 +69,16 @@ def lora_expand_reference_(
             block += rank * width
             column += width
             first_rank += rank
+
+
+def lora_affine_reference_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:
+    """Computes `y = y * gain + offset` segment by segment; see `lora.lora_affine_` for the arguments."""
+    width = y.shape[1]
+    for g in range(len(seg_slots)):
+        slot, start, end = int(seg_slots[g]), int(seg_starts[g]), int(seg_starts[g + 1])
+        if slot < 0 or int(offsets[slot]) < 0:
+            continue
+        position = int(offsets[slot])
+        gain = arena[position : position + width].float()
+        offset = arena[position + width : position + 2 * width].float()
+        y[start:end] = (y[start:end].float() * gain + offset).to(y.dtype)

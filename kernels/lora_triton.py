@@ -1,4 +1,4 @@
-"""LoRA shrink and expand in Triton, for CUDA.
+"""LoRA shrink, expand and affine in Triton, for CUDA.
 
 A program owns a tile of rows of one segment, so that an adapter's weights are read once a tile and rows of different
 adapters never meet; the segment-wise scheme is Punica's SGMV (arXiv 2310.18547). What differs: ranks are exact (a
@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .lora_triton_kernels import expand_kernel, shrink_kernel
+from .lora_triton_kernels import affine_kernel, expand_kernel, shrink_kernel
 
 # Steps up to this many rows are taken for decodes: tiles of few rows, since most segments have one.
 _MAX_DECODE_ROWS = 128
@@ -48,6 +48,10 @@ class _Tiles(NamedTuple):
 
 _DECODE_TILES = _Tiles(rows=16, ranks=16, shrink_bytes=512, expand_bytes=256, num_stages=3)
 _PREFILL_TILES = _Tiles(rows=64, ranks=32, shrink_bytes=128, expand_bytes=256, num_stages=4)
+# Affine needs no tl.dot: few rows, since segments are short, and more where they share the loads of gains and offsets.
+_AFFINE_DECODE_ROWS = 4
+_AFFINE_PREFILL_ROWS = 8
+_AFFINE_BYTES = 2048  # of a row of y that a program owns
 
 
 def lora_shrink(
@@ -58,6 +62,7 @@ def lora_shrink(
     seg_starts: Tensor,
     seg_slots: Tensor,
     max_rank: int,
+    seg_weights: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """See `lora.lora_shrink`.
@@ -85,6 +90,7 @@ def lora_shrink(
         ranks,
         seg_starts,
         seg_slots,
+        seg_weights,
         num_tokens,
         num_segments,
         in_features,
@@ -144,6 +150,30 @@ def lora_expand_(
         TILE_ROWS=tiles.rows,
         TILE_COLUMNS=tile_columns,
         TILE_RANKS=tiles.ranks,
+        PADDED_SEGMENTS=_padded(num_segments),
+        num_warps=4,
+    )
+
+
+def lora_affine_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:
+    """See `lora.lora_affine_`."""
+    num_tokens, width = y.shape
+    num_segments = seg_slots.shape[0]
+    if num_tokens == 0 or num_segments == 0:
+        return
+    tile_rows = _AFFINE_DECODE_ROWS if num_tokens <= _MAX_DECODE_ROWS else _AFFINE_PREFILL_ROWS
+    tile_columns = _AFFINE_BYTES // y.element_size()
+    affine_kernel[(num_tokens // tile_rows + num_segments, triton.cdiv(width, tile_columns))](
+        y,
+        arena,
+        offsets,
+        seg_starts,
+        seg_slots,
+        num_segments,
+        width,
+        y.stride(0),
+        TILE_ROWS=tile_rows,
+        TILE_COLUMNS=tile_columns,
         PADDED_SEGMENTS=_padded(num_segments),
         num_warps=4,
     )

@@ -1,4 +1,4 @@
-"""The Triton kernels of LoRA shrink and expand; `lora_triton` launches them, and tells how the work is divided.
+"""The Triton kernels of LoRA shrink, expand and affine; `lora_triton` launches them, and tells how the work is divided.
 
 Tiles of rows are numbered without a prefix sum: segment g starts with tile `seg_starts[g] // TILE_ROWS + g`. That
 leaves room for its ceil(length / TILE_ROWS) tiles, wastes at most one number a segment, and bounds the grid by
@@ -65,6 +65,7 @@ def shrink_kernel(
     ranks_ptr,
     seg_starts_ptr,
     seg_slots_ptr,
+    seg_weights_ptr,
     num_tokens,
     num_segments,
     in_features,
@@ -82,6 +83,7 @@ def shrink_kernel(
     """out[split, t, c] = sum over the split's k of x[t, k] A_slot(t)[c, k], zero where the slot has no rank row c.
 
     Grid: (row tiles, rank tiles, splits). Together the programs write all of out [splits, num_tokens, max_rank].
+    `seg_weights_ptr` is None where no segment has a weight, which compiles a kernel that knows none.
     """
     segment, first_row = _find_segment(tl.program_id(0), seg_starts_ptr, num_segments + 1, TILE_ROWS, PADDED_SEGMENTS)
     end = num_tokens
@@ -118,6 +120,8 @@ def shrink_kernel(
                 x_ptr, a_ptr, rows, row_mask, x_stride, rank_rows, rank, in_features, k_start,
                 TILE_ROWS, TILE_RANKS, TILE_K, SPLIT_K,
             )  # fmt: skip
+        if seg_weights_ptr is not None:
+            acc *= tl.load(seg_weights_ptr + segment)
     out_rows = tl.program_id(2).to(tl.int64) * num_tokens + rows
     out_mask = row_mask[:, None] & (rank_rows < max_rank)[None, :]
     tl.store(out_ptr + out_rows[:, None] * max_rank + rank_rows[None, :], acc, mask=out_mask)
@@ -225,3 +229,53 @@ def expand_kernel(
     y_mask = row_mask[:, None] & (columns < width)[None, :]
     y = tl.load(y_ptrs, mask=y_mask, other=0.0)
     tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def _affine_tile_(y_ptr, gain_ptr, rows, row_mask, y_stride, first_column, width, TILE_COLUMNS: tl.constexpr):
+    columns = first_column + tl.arange(0, TILE_COLUMNS)
+    column_mask = columns < width
+    gain = tl.load(gain_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    offset = tl.load(gain_ptr + width + columns, mask=column_mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+    y_mask = row_mask[:, None] & column_mask[None, :]
+    y = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32) * gain[None, :] + offset[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def affine_kernel(
+    y_ptr,
+    arena_ptr,
+    offsets_ptr,
+    seg_starts_ptr,
+    seg_slots_ptr,
+    num_segments,
+    width,
+    y_stride,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    PADDED_SEGMENTS: tl.constexpr,
+):
+    """y[t, n] = y[t, n] * arena[offset + n] + arena[offset + width + n], with the offset of t's slot.
+
+    Grid: (row tiles, column tiles). Programs without a row whose slot has an offset leave y alone.
+    """
+    segment, first_row = _find_segment(tl.program_id(0), seg_starts_ptr, num_segments, TILE_ROWS, PADDED_SEGMENTS)
+    end = tl.load(seg_starts_ptr + segment + 1)
+    slot = tl.load(seg_slots_ptr + segment)
+    if first_row >= end or slot < 0:
+        return
+    offset = tl.load(offsets_ptr + slot)
+    if offset < 0:
+        return
+
+    rows = first_row + tl.arange(0, TILE_ROWS)
+    row_mask = rows < end
+    first_column = tl.program_id(1) * TILE_COLUMNS
+    if offset % _ALIGNMENT == 0:  # as in shrink_kernel
+        gain_ptr = arena_ptr + offset // _ALIGNMENT * _ALIGNMENT
+        _affine_tile_(y_ptr, gain_ptr, rows, row_mask, y_stride, first_column, width, TILE_COLUMNS)
+    else:
+        gain_ptr = arena_ptr + offset
+        _affine_tile_(y_ptr, gain_ptr, rows, row_mask, y_stride, first_column, width, TILE_COLUMNS)

@@ -58,6 +58,16 @@ class NF4Weight:
         values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.absmax, BLOCK, "nf4", shape, dtype)
         return values
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) dequantized: float32 [stop - start, in_features]; for reading a weight piece by piece."""
+        if self.cpu_state is not None:
+            return _unpack_rows(self, self.cpu_state, start, stop)
+        k = self.in_features
+        codes, absmax = self.codes[start * k // 2 : stop * k // 2], self.absmax[start * k // BLOCK : stop * k // BLOCK]
+        shape, dtype = (stop - start, k), torch.float32
+        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype)
+        return values
+
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize one 16-bit or fp32 weight as QLoRA does: NF4, blocks of 64, double-quantized constants.
@@ -115,6 +125,23 @@ def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weig
     )
     codes, state = bnb._convert_weight_packed_for_cpu(weight.codes, state)
     return NF4Weight(codes, torch.empty(0), weight.out_features, weight.in_features, state)
+
+
+def _unpack_rows(weight: NF4Weight, state: bnb.QuantState, start: int, stop: int) -> Tensor:
+    """Rows of a weight that bitsandbytes repacked, with the constants that its kernel multiplies by (rounded to bf16).
+
+    The codes lie in tiles of 32 rows x in_features, whose codes go down a pair of columns before they go to the next;
+    of 64 codes in that order, the first 32 are the low halves of 32 bytes, the others the high halves.
+    """
+    tiles = slice(start // _ROWS_PER_CPU_TILE, -(-stop // _ROWS_PER_CPU_TILE))
+    packed = weight.codes.view(-1, weight.in_features // 2, _ROWS_PER_CPU_TILE)[tiles]
+    codes = torch.cat([packed & 0xF, packed >> 4], dim=-1)
+    codes = codes.view(-1, weight.in_features // 2, _ROWS_PER_CPU_TILE, 2).transpose(1, 2)
+    first = tiles.start * _ROWS_PER_CPU_TILE
+    rows = codes.reshape(-1, weight.in_features)[start - first : stop - first]
+    absmax = state.absmax[:, start:stop].t().float()  # [in_features / 64, out_features], bf16
+    values: Tensor = state.code[rows.int()] * absmax.repeat_interleave(BLOCK, dim=1)
+    return values
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

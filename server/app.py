@@ -9,7 +9,9 @@ import structlog
 import torch
 from prometheus_client import CollectorRegistry
 
-from ..adapters.layers import LoraBatch, LoraLinear
+from ..adapters.composition import CompositionPort
+from ..adapters.layers import LoraLinear
+from ..adapters.lora_batch import LoraBatch
 from ..adapters.manager import AdapterManager
 from ..adapters.state.state_dir import StateDir, open_state_dir
 from ..adapters.watcher import AdapterWatcher
@@ -30,6 +32,7 @@ from .metrics_state import StateCollector
 from .policy.holder import PolicyHolder
 from .proof import GoldenProver
 from .resolve import Compute, resolve_compute, resolve_context, resolve_kv_blocks
+from .tokenizers import Tokenizers
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -43,9 +46,11 @@ class App:
     """The parts of one server.
 
     Attributes:
+        composition: the adapters as requests use them.
         state: what survives a restart; closed last.
         policy: who may do what, shares and caps.
         watcher: of the adapter directories; None if there is none.
+        tokenizers: of adapters that brought their own.
         max_context: most tokens of prompt plus output.
         registry: all metrics of this server.
     """
@@ -53,10 +58,12 @@ class App:
     config: ServerConfig
     base: BaseModel
     manager: AdapterManager
+    composition: CompositionPort
     state: StateDir
     policy: PolicyHolder
     watcher: AdapterWatcher | None
     engine: Engine
+    tokenizers: Tokenizers
     max_context: int
     metrics: ServerMetrics
     registry: CollectorRegistry
@@ -100,6 +107,8 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
         base.site_table,
+        base.module_table,
+        base.weights,
         dataclasses.replace(base.fingerprint, also=(*base.fingerprint.also, *config.base_names)),
         dtype=compute.dtype,
         device=compute.device,
@@ -116,6 +125,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         allow_zero=config.adapter_allow_zero,
         allow_other_base=config.adapter_allow_other_base,
     )
+    composition = CompositionPort(manager, config.adapter_slots)
     lora = LoraBatch(manager.store, max_tokens=config.step_tokens, max_segments=config.max_running)
     base.wrap_sites(lambda linear, site: LoraLinear(linear, site, lora))
 
@@ -127,27 +137,31 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         max_tokens=config.step_tokens,
         max_requests=config.max_running,
         max_blocks=-(-max_context // config.block_size),
+        expand=composition.expand,
     )
     scheduler = Scheduler(
         BlockManager(num_blocks, config.block_size),
-        manager,
+        composition,
         max_running=config.max_running,
         token_budget=config.step_tokens,
         limits_of=policy.limits,
         max_wait_s=config.max_wait_s,
     )
+    detokenizers = DetokenizerFactory(base.tokenizer)
     engine = Engine(
         runner,
         scheduler,
         Sampler(sorted(base.eos_token_ids)),
-        DetokenizerFactory(base.tokenizer),
-        manager,
+        detokenizers,
+        composition,
         metrics,
         eos_token_ids=base.eos_token_ids,
         max_context=max_context,
         max_waiting=config.max_waiting,
     )
     policy.on_change = engine.limits_changed
+    tokenizers = Tokenizers(base.tokenizer, detokenizers.backend, base.eos_token_ids, base.vocab_size)
+    manager.make_tokenizer = tokenizers.make
     manager.on_version_dropped = engine.on_version_dropped
     manager.prover = GoldenProver(
         engine,
@@ -170,4 +184,6 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         },
     )
     watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
-    return App(config, base, manager, state, policy, watcher, engine, max_context, metrics, registry)
+    return App(
+        config, base, manager, composition, state, policy, watcher, engine, tokenizers, max_context, metrics, registry
+    )

@@ -18,7 +18,7 @@ from .. import __version__
 from ..adapters.errors import ServingError
 from .access import CLIENT_ENV, CLIENT_KEY, check_client_name
 from .addresses import DEFAULT_ADDRESS
-from .cli_adapter_flags import add_adapters
+from .cli_adapter_flags import add_adapters, weighted_adapter
 
 
 def main() -> NoReturn:
@@ -95,7 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", help="text to continue; `-` or nothing reads standard input")
-    add("--adapter", default="", metavar="ID", help="what answers: an id, an alias or id@digest-prefix [the base]")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        type=weighted_adapter,
+        metavar="ID[:WEIGHT]",
+        help="what answers: an id, an alias or id@digest-prefix, and what its effect is multiplied by [1]; given more "
+        "than once, up to 8 answer together [the base]",
+    )
     add(
         "--routing-key",
         metavar="KEY",

@@ -46,6 +46,23 @@ def add_adapters(parser: argparse.ArgumentParser, client: argparse.ArgumentParse
     _add_local(commands, as_json)
 
 
+def weighted_adapter(text: str) -> tuple[str, float | None]:
+    """`ID` or `ID:WEIGHT`; no reference has a colon. The server says which weights it takes."""
+    reference, colon, given = text.partition(":")
+    if not colon:
+        return reference, None
+    try:
+        weight = float(given)
+    except ValueError:
+        weight = None
+    if not reference or weight is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no adapter with a weight; give an id, an alias or id@digest-prefix, then nothing or :WEIGHT "
+            "with a number, as in kjv:0.7."
+        )
+    return reference, weight
+
+
 def _add_load(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", metavar="ID", help="the id to publish it under")

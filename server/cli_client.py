@@ -12,7 +12,8 @@ from .status import RemoteError
 
 # Options of `lorikeet generate` that are fields of a request.
 _FIELDS = sorted(
-    GenerateOptions.__annotations__.keys() - {"prompt", "messages", "token_ids", "request_id", "adapter_id"}
+    GenerateOptions.__annotations__.keys()
+    - {"prompt", "messages", "token_ids", "request_id", "adapter_id", "strength", "adapters"}
 )
 
 
@@ -45,7 +46,7 @@ def _health(client: LorikeetClient, options: argparse.Namespace) -> int:
 
 
 def _generate(client: LorikeetClient, options: argparse.Namespace) -> int:
-    request: GenerateOptions = {"adapter_id": options.adapter}
+    request = _adapters(options.adapter)
     request |= {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}  # type: ignore[typeddict-item]
     text = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
     if options.chat or options.system is not None:
@@ -57,33 +58,49 @@ def _generate(client: LorikeetClient, options: argparse.Namespace) -> int:
     if options.json:
         response = client.generate(**request)
         print_json(response)
-        _print_stats(options, response.adapter, response.usage, time.monotonic() - begun)
+        _print_stats(options, response, response.usage, time.monotonic() - begun)
         return 0
-    adapter = generation_pb2.AdapterVersion()
+    started = generation_pb2.Started()
     for event in client.stream(**request):
         if event.HasField("started"):
-            adapter = event.started.adapter
+            started = event.started
         elif event.HasField("delta"):
             sys.stdout.write(event.delta.text)
             sys.stdout.flush()
         else:
             sys.stdout.write("\n")
-            _print_stats(options, adapter, event.finished.usage, time.monotonic() - begun)
+            _print_stats(options, started, event.finished.usage, time.monotonic() - begun)
     return 0
+
+
+def _adapters(given: list[tuple[str, float | None]]) -> GenerateOptions:
+    """The fields of a request that name adapters."""
+    if len(given) > 1:
+        return {"adapters": [(reference, 1.0 if weight is None else weight) for reference, weight in given]}
+    request: GenerateOptions = {}
+    for reference, weight in given:
+        request["adapter_id"] = reference
+        if weight is not None:
+            request["strength"] = weight
+    return request
 
 
 def _print_stats(
     options: argparse.Namespace,
-    adapter: generation_pb2.AdapterVersion,
+    answered: generation_pb2.Started | generation_pb2.GenerateResponse,
     usage: generation_pb2.Usage,
     seconds: float,
 ) -> None:
     if options.stats:
-        name = f"{adapter.adapter_id} @ {adapter.version[:DIGEST_DIGITS]}" if adapter.adapter_id else "base"
+        names = [f"{_name(each.adapter)} x {each.weight:g}" for each in answered.adapters] or [_name(answered.adapter)]
         sys.stderr.write(
-            f"{name}: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.generated_tokens} "
-            f"generated in {seconds:.2f} s, {usage.generated_tokens / seconds:.1f} tokens/s\n"
+            f"{' + '.join(names)}: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+            f"{usage.generated_tokens} generated in {seconds:.2f} s, {usage.generated_tokens / seconds:.1f} tokens/s\n"
         )
+
+
+def _name(adapter: generation_pb2.AdapterVersion) -> str:
+    return f"{adapter.adapter_id} @ {adapter.version[:DIGEST_DIGITS]}" if adapter.adapter_id else "base"
 
 
 _COMMANDS = {"generate": _generate, "adapters": run_adapters, "health": _health}

@@ -55,7 +55,12 @@ def golden(directory: Path, model: str, prompts: list[str], file: Path | None, t
     outline = base.outline
     # The golden file that is there is what will be replaced, and a server may be told to allow another base.
     found = inspect_directory(
-        directory, outline.site_table, outline.fingerprint, allow_other_base=True, check_golden=False
+        directory,
+        outline.site_table,
+        outline.module_table,
+        outline.fingerprint,
+        allow_other_base=True,
+        check_golden=False,
     )
     for warning in found.warnings:
         sys.stderr.write(f"lorikeet: warning: {warning}\n")
@@ -64,7 +69,13 @@ def golden(directory: Path, model: str, prompts: list[str], file: Path | None, t
         return 2
     token_ids = encode(base.directory, texts)
     _check(texts, token_ids)
-    reference = reference_logits(base.directory, found.directory, token_ids, progress=sys.stderr.isatty())
+    reference = reference_logits(
+        base.directory,
+        found.directory,
+        token_ids,
+        vocab_size=None if found.report is None else found.report.vocab_size,
+        progress=sys.stderr.isatty(),
+    )
     made = Golden(
         digest=found.digest,
         prompts=tuple(map(tuple, token_ids)),

@@ -1,6 +1,7 @@
 """`lorikeet adapters inspect DIR`: what a folder holds and whether a server would take it, without a server."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..adapters.inspection import InspectedModule, Inspection, inspect_directory
 from .cli_print import mebibytes, print_json_value, print_table
 
 _HEADER = ("MODULES", "COUNT", "RANK", "SCALING", "DELTA NORM")
+_OTHERS_HEADER = ("MODULES", "COUNT", "BESIDE LOW RANK")
 
 
 def inspect(directory: Path, model: str | None, as_json: bool) -> int:
@@ -29,13 +31,15 @@ def inspect(directory: Path, model: str | None, as_json: bool) -> int:
     """
     base = None
     if model is None:
-        found = inspect_directory(directory, None)
+        found = inspect_directory(directory)
     else:
         from .local_base import find_local_base  # imports transformers
 
         outline = find_local_base(model, weights=False).outline
         base = outline.fingerprint
-        found = inspect_directory(directory, outline.site_table, base, vocab_size=outline.vocab_size)
+        found = inspect_directory(
+            directory, outline.site_table, outline.module_table, base, vocab_size=outline.vocab_size
+        )
     if as_json:
         print_json_value(_as_dict(directory, found, base))
     else:
@@ -50,6 +54,10 @@ def _print(directory: Path, found: Inspection, base: BaseFingerprint | None) -> 
     if found.modules:
         sys.stdout.write("\n")
         print_table(_HEADER, _rows(found))
+    if found.others:
+        sys.stdout.write("\n")
+        print_table(_OTHERS_HEADER, _other_rows(found))
+    if found.modules or found.others:
         sys.stdout.write("\n")
     for warning in found.warnings:
         sys.stdout.write(f"warning: {warning}\n")
@@ -74,9 +82,12 @@ def _facts(directory: Path, found: Inspection, base: BaseFingerprint | None) -> 
     if report is not None:
         yield "method", report.method
         yield "modules", f"{report.num_modules}, of rank {report.max_rank} at most"
+        yield "full modules", str(len(report.full_modules) or "")
+        yield "vocabulary", "" if report.vocab_size is None else f"{report.vocab_size} tokens of its own"
         yield "trained for", report.trained_for
     if found.card.base_model_sha256:
         yield "  with hash", f"{found.card.base_model_sha256} ({HASH_KEY} in {CARD_FILE})"
+    yield "tokenizer", ", ".join(found.tokenizer.files)
     yield "golden file", "" if found.golden is None else _describe(found.golden)
     if base is not None:
         yield "base", base.name
@@ -104,6 +115,13 @@ def _rows(found: Inspection) -> Iterator[tuple[str, ...]]:
         )
 
 
+def _other_rows(found: Inspection) -> Iterator[tuple[str, ...]]:
+    """One row for each kind of module and what there is of it."""
+    counts = Counter((name.rpartition(".")[2], what) for name, parts in found.others.items() for what in parts)
+    for (kind, what), count in sorted(counts.items()):
+        yield kind, str(count), what
+
+
 def _range(values: Iterable[float]) -> str:
     """`2`, or `2 to 5`."""
     ordered = sorted(values)
@@ -129,6 +147,10 @@ def _as_dict(directory: Path, found: Inspection, base: BaseFingerprint | None) -
             }
             for name, module in found.modules.items()
         },
+        "other_parts": {name: list(parts) for name, parts in found.others.items()},
+        "full_modules": sorted(report.full_modules) if report else [],
+        "vocab_size": report.vocab_size if report else None,
+        "tokenizer": list(found.tokenizer.files),
         "golden": golden and {"prompts": len(golden.prompts), "tolerance": golden.tolerance, "made_by": golden.made_by},
         "base": base and {"name": base.name, "sha256": base.sha256},
         "checked_against_base": found.checked_against_base,

@@ -3,6 +3,7 @@
     with LorikeetClient("127.0.0.1:50051") as client:
         for event in client.stream(prompt="In the beginning", adapter_id="kjv", max_tokens=64):
             print(event.delta.text, end="", flush=True)
+        client.generate(prompt="In the beginning", adapters={"kjv": 0.7, "devil": 0.3})
         client.set_alias("prod", {"kjv@3f9c": 9, "kjv@81d0": 1})
 
 Importing it costs no torch and no server code. One client serves any number of threads.
@@ -38,6 +39,9 @@ TierName = Literal["host", "device"]
 # Each an id or `id@digest-prefix`, with its share of the requests relative to the rest.
 AliasTargets = Mapping[str, float] | Sequence[tuple[str, float]]
 
+# Each an id, an alias or `id@digest-prefix`, with what its delta is multiplied by.
+WeightedAdapters = Mapping[str, float] | Sequence[tuple[str, float]]
+
 
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of a generation; each is the field of that name in generation.proto, which documents it.
@@ -49,6 +53,8 @@ class GenerateOptions(TypedDict, total=False):
     messages: Sequence[tuple[str, str]]
     token_ids: Sequence[int]
     adapter_id: str
+    strength: float
+    adapters: WeightedAdapters
     routing_key: str
     request_id: str
     max_tokens: int
@@ -81,6 +87,9 @@ def generate_request(**options: Unpack[GenerateOptions]) -> generation_pb2.Gener
     """The request message of these options."""
     fields: dict[str, Any] = dict(options)
     messages = [generation_pb2.Message(role=role, content=content) for role, content in fields.pop("messages", ())]
+    given = fields.pop("adapters", ())
+    pairs = given.items() if isinstance(given, Mapping) else given
+    adapters = [generation_pb2.WeightedAdapter(adapter_id=reference, weight=weight) for reference, weight in pairs]
     parts: dict[str, dict[str, Any]] = {"sampling": {}, "stopping": {}}
     for name, message in (("sampling", generation_pb2.Sampling), ("stopping", generation_pb2.Stopping)):
         for field in message.DESCRIPTOR.fields_by_name:
@@ -88,6 +97,7 @@ def generate_request(**options: Unpack[GenerateOptions]) -> generation_pb2.Gener
                 parts[name][field] = fields.pop(field)
     return generation_pb2.GenerateRequest(
         messages=messages,
+        adapters=adapters,
         sampling=generation_pb2.Sampling(**parts["sampling"]),
         stopping=generation_pb2.Stopping(**parts["stopping"]),
         **fields,

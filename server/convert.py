@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters.reference import parse_reference
+from ..adapters.adaptation import Adaptation
+from ..adapters.composition import Wish
 from ..adapters.version import AdapterVersion
 from ..protos.v1 import generation_pb2 as pb
+from .adapter_wishes import is_composed, parse_wishes
 from .engine.request import Delta, Finished, FinishReason, TokenLogprob
 from .engine.sampling_params import SamplingParams
 from .errors import BadRequestError, PromptTooLongError
-from .field_errors import blaming
 from .prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
 # How much a request without max_tokens may generate, if the context has room for it; stated in generation.proto.
@@ -32,16 +33,16 @@ class Generation:
 
     Attributes:
         prompt: in one of its three forms.
-        reference: what answers: an id, an alias or `id@digest-prefix`; empty: the base.
-        name: the reference without its version.
+        wishes: the adapters that answer; none: the base.
+        is_composed: whether the answer says what was applied with which weights.
         routing_key: decides among the targets of an alias; empty: one is drawn.
         params: its `max_tokens` is a default while `max_tokens` is None: see `fit_max_tokens`.
         max_tokens: as the client gave it.
     """
 
     prompt: Prompt
-    reference: str
-    name: str
+    wishes: tuple[Wish, ...]
+    is_composed: bool
     routing_key: str
     params: SamplingParams
     max_tokens: int | None
@@ -52,14 +53,16 @@ def parse_generation(request: pb.GenerateRequest) -> Generation:
 
     Raises:
         BadRequestError: names the field, what was given and what is allowed.
-        AdapterIdError, AdapterDigestError: adapter_id is no reference.
+        AdapterIdError, AdapterDigestError: what names an adapter is no reference.
     """
-    reference, name = request.adapter_id, ""
-    if reference:
-        with blaming("adapter_id"):
-            name = parse_reference(reference).name
-    max_tokens = request.max_tokens if request.HasField("max_tokens") else None
-    return Generation(_prompt(request), reference, name, _routing_key(request), _params(request), max_tokens)
+    return Generation(
+        prompt=_prompt(request),
+        wishes=parse_wishes(request),
+        is_composed=is_composed(request),
+        routing_key=_routing_key(request),
+        params=_params(request),
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+    )
 
 
 def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, max_context: int) -> int:
@@ -89,19 +92,38 @@ def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, max_context: int)
     return min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
 
 
-def adapter_version(version: AdapterVersion | None) -> pb.AdapterVersion:
-    """What answers a request; the empty message is the base."""
-    return (
-        pb.AdapterVersion()
-        if version is None
-        else pb.AdapterVersion(adapter_id=version.adapter_id, version=version.digest)
-    )
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What answers a request, as the answer says it: one adapter (the empty message is the base), or a list.
+
+    Attributes:
+        adapter: None where there is a list.
+        adapters: in the order of their ids.
+    """
+
+    adapter: pb.AdapterVersion | None
+    adapters: tuple[pb.AppliedAdapter, ...]
+
+    @property
+    def versions(self) -> str:
+        """Shortened digests, for the log."""
+        found = [each.adapter for each in self.adapters] if self.adapter is None else [self.adapter]
+        return "+".join(each.version[:12] for each in found)
 
 
-def started(request_id: str, version: AdapterVersion | None, prompt_tokens: int) -> pb.GenerateStreamResponse:
+def answering(adaptation: Adaptation | None, *, is_composed: bool) -> Answering:
+    """What answers; `is_composed` is that of the request."""
+    if not is_composed:
+        return Answering(pb.AdapterVersion() if adaptation is None else _version(adaptation.versions[0]), ())
+    members = () if adaptation is None else adaptation.members
+    applied = [pb.AppliedAdapter(adapter=_version(member.version), weight=member.weight) for member in members]
+    return Answering(None, tuple(sorted(applied, key=lambda each: (each.adapter.adapter_id, each.adapter.version))))
+
+
+def started(request_id: str, by: Answering, prompt_tokens: int) -> pb.GenerateStreamResponse:
     """The first message of a stream."""
     return pb.GenerateStreamResponse(
-        started=pb.Started(request_id=request_id, adapter=adapter_version(version), prompt_tokens=prompt_tokens)
+        started=pb.Started(request_id=request_id, adapter=by.adapter, adapters=by.adapters, prompt_tokens=prompt_tokens)
     )
 
 
@@ -118,13 +140,12 @@ def stream_response(event: Delta | Finished) -> pb.GenerateStreamResponse:
     return pb.GenerateStreamResponse(finished=finished)
 
 
-def unary_response(
-    request_id: str, version: AdapterVersion | None, deltas: Sequence[Delta], end: Finished
-) -> pb.GenerateResponse:
+def unary_response(request_id: str, by: Answering, deltas: Sequence[Delta], end: Finished) -> pb.GenerateResponse:
     """The whole output at once."""
     response = pb.GenerateResponse(
         request_id=request_id,
-        adapter=adapter_version(version),
+        adapter=by.adapter,
+        adapters=by.adapters,
         text="".join(delta.text for delta in deltas),
         finish_reason=_REASONS[end.reason],
         usage=usage(end),
@@ -156,6 +177,10 @@ def logprobs(entries: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
         )
         for entry in entries
     ]
+
+
+def _version(version: AdapterVersion) -> pb.AdapterVersion:
+    return pb.AdapterVersion(adapter_id=version.adapter_id, version=version.digest)
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:

@@ -1,34 +1,35 @@
 """GenerationService: one request from its protobuf message to its last event. Runs on the event loop's thread.
 
-Nothing here knows how tokens are made: a request is checked, tokenized, bound to the adapter's current version and
-handed to the engine; what comes back is written out. However a call ends, the engine hears of it.
+Nothing here knows how tokens are made: a request is checked, bound to the current versions of its adapters, tokenized
+and handed to the engine; what comes back is written out. However a call ends, the engine hears of it.
 """
 
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 import structlog
 
-from ..adapters.version import AdapterVersion
+from ..adapters.adaptation import Adaptation
+from ..adapters.adapter_tokenizer import AdapterVocabulary
+from ..adapters.composition import Wish
+from ..adapters.reference import parse_reference
 from ..protos.v1 import generation_pb2 as pb
 from ..protos.v1.generation_pb2_grpc import GenerationServiceServicer
 from . import convert
 from .access import Access, OpenAccess
+from .adapter_wishes import logged_wishes
 from .call_deadline import call_deadline
 from .engine.request import Delta, Finished, Request
 from .event_stream import EventBridge, EventStream
-from .field_errors import blaming
 from .interceptors import Context, current_request_id
 from .prompts import PromptEncoder
 
 # gRPC's clock for a deadline and ours may differ by this much.
 DEADLINE_SLACK_S = 0.05
-# Of an adapter reference that may be malformed: as long as a well-formed one can be.
-MAX_LOGGED = 128 + 1 + 64  # characters
 
 
 class EngineClient(Protocol):
@@ -44,22 +45,27 @@ class EngineClient(Protocol):
 
 
 class AdapterResolver(Protocol):
-    """What is used of the adapter manager; neither blocks on disk."""
+    """What is used of the adapters (a `CompositionPort`); nothing blocks on disk."""
 
-    def resolve(self, reference: str, routing_key: str) -> AdapterVersion:
-        """Pin the version that a new request gets.
+    def resolve(self, wishes: Sequence[Wish], routing_key: str) -> Adaptation:
+        """Pin the versions that a new request gets.
 
         Args:
-            reference: an id, an alias or `id@digest-prefix`.
+            wishes: what it names, at least one.
             routing_key: decides among the targets of an alias; empty: one is drawn.
 
         Raises:
-            AdapterNotFoundError, AdapterIdError, AdapterDigestError: there is none, or not just one.
+            AdapterNotFoundError, AdapterIdError, AdapterDigestError: there is no such version, or not just one.
+            AdapterCompositionError, AdapterMemoryError: they cannot answer together, or not with these weights.
         """
         ...
 
-    def release(self, version: AdapterVersion) -> None:
-        """Give one pin back."""
+    def vocabulary(self, adaptation: Adaptation | None) -> AdapterVocabulary:
+        """The token ids that pinned versions, or the base, know."""
+        ...
+
+    def release(self, adaptation: Adaptation) -> None:
+        """Give the pins of one `resolve` back."""
         ...
 
 
@@ -67,7 +73,7 @@ class AdapterResolver(Protocol):
 class Admitted:
     """A request that the engine has accepted."""
 
-    version: AdapterVersion | None
+    by: convert.Answering
     prompt_tokens: int
     events: EventStream
 
@@ -107,7 +113,7 @@ class GenerationService(GenerationServiceServicer):
             deltas: list[Delta] = []
             async for event in admitted.events:
                 if isinstance(event, Finished):
-                    return convert.unary_response(current_request_id.get(), admitted.version, deltas, event)
+                    return convert.unary_response(current_request_id.get(), admitted.by, deltas, event)
                 deltas.append(event)
         raise AssertionError("the events of a request end with Finished or raise")
 
@@ -116,7 +122,7 @@ class GenerationService(GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Answer with `started`, deltas and `finished`."""
         async with self._admit(request, context) as admitted:
-            yield convert.started(current_request_id.get(), admitted.version, admitted.prompt_tokens)
+            yield convert.started(current_request_id.get(), admitted.by, admitted.prompt_tokens)
             async for event in admitted.events:
                 yield convert.stream_response(event)
 
@@ -124,47 +130,49 @@ class GenerationService(GenerationServiceServicer):
     async def _admit(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[Admitted]:
         """Have a request accepted by the engine, and aborted if the block ends before it does."""
         arrival = time.monotonic()
-        structlog.contextvars.bind_contextvars(adapter=request.adapter_id[:MAX_LOGGED])
+        structlog.contextvars.bind_contextvars(adapter=logged_wishes(request))
         generation = convert.parse_generation(request)
-        self._access.may_use(generation.name)  # "": the base
-        self._prompts.check_vocabulary("stopping.stop_token_ids", generation.params.stop_token_ids)
-        prompt = await self._prompts.encode(generation.prompt)
-        max_tokens = convert.fit_max_tokens(generation.max_tokens, len(prompt), self._max_context)
-        params = dataclasses.replace(generation.params, max_tokens=max_tokens)
-
-        # From here to `submit` there is no await: nothing can cancel the call while only it holds the version.
-        version = None
-        if generation.reference:
-            with blaming("adapter_id"):
-                version = self._adapters.resolve(generation.reference, generation.routing_key)
+        for name in dict.fromkeys(parse_reference(wish.reference).name for wish in generation.wishes) or ("",):
+            self._access.may_use(name)  # "": the base
+        # Before the prompt is tokenized: an adapter can bring a tokenizer of its own.
+        adaptation = None
+        if generation.wishes:
+            adaptation = self._adapters.resolve(generation.wishes, generation.routing_key)
         events = EventStream()
         # Clients choose request ids freely; the engine's are unique.
         engine_id = f"{current_request_id.get()}#{next(self._numbers)}"
         deadline = call_deadline(context)
         try:
+            vocabulary = self._adapters.vocabulary(adaptation)
+            self._prompts.check_vocabulary("stopping.stop_token_ids", generation.params.stop_token_ids, vocabulary)
+            prompt = await self._prompts.encode(generation.prompt, vocabulary)
+            max_tokens = convert.fit_max_tokens(generation.max_tokens, len(prompt), self._max_context)
+            # From here to the end of `submit` there is no await: nothing can cancel the call in between.
             self._engine.submit(
                 Request(
                     request_id=engine_id,
                     prompt_token_ids=prompt,
-                    params=params,
-                    adapter=version,
+                    params=dataclasses.replace(generation.params, max_tokens=max_tokens),
+                    adapter=adaptation,
                     emit=self._bridge.deliver_to(events),
                     deadline=deadline,
                     arrival=arrival,
+                    tokens=self._prompts.rules(vocabulary),
                 )
             )
         except BaseException:
-            if version is not None:
-                self._adapters.release(version)
+            if adaptation is not None:
+                self._adapters.release(adaptation)
             raise
 
         structlog.contextvars.bind_contextvars(prompt_tokens=len(prompt))
-        if version is not None:
+        by = convert.answering(adaptation, is_composed=generation.is_composed)
+        if adaptation is not None:
             structlog.contextvars.bind_contextvars(
-                adapter=version.adapter_id, version=version.digest[:12], reference=generation.reference
+                adapter=adaptation.adapter_id, version=by.versions, reference=logged_wishes(request)
             )
         try:
-            yield Admitted(version, len(prompt), events)
+            yield Admitted(by, len(prompt), events)
         finally:
             # A call that gRPC cancels because its deadline has come is left to the engine, which knows the deadline and
             # counts the request as late; aborted, it would count as cancelled.

@@ -64,19 +64,25 @@ def encode(base: Path, texts: Iterable[str]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def reference_logits(base: Path, adapter: Path, prompts: Sequence[Sequence[int]], *, progress: bool) -> Reference:
+def reference_logits(
+    base: Path, adapter: Path, prompts: Sequence[Sequence[int]], *, vocab_size: int | None = None, progress: bool
+) -> Reference:
     """Compute the reference; takes the time that quantizing the base takes, and some seconds.
 
     Args:
         base: directory of the base.
         adapter: directory of the adapter, checked before.
         prompts: token ids.
+        vocab_size: the adapter's, where it is not the base's: PEFT loads it into a base of as many rows only.
         progress: show bars on standard error.
     """
     from peft import PeftModel  # an extra
 
     with _quiet(progress):
-        model = PeftModel.from_pretrained(_nf4_model(base), str(adapter)).eval()
+        plain_model = _nf4_model(base)
+        if vocab_size is not None:
+            plain_model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        model = PeftModel.from_pretrained(plain_model, str(adapter)).eval()
     adapted, plain = [], []
     for prompt in tqdm(prompts, desc="Computing golden logits", unit="prompt", disable=not progress):
         ids = torch.tensor([prompt])

@@ -91,6 +91,7 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
         stack.callback(app.state.close)
         app.manager.start()
         stack.callback(app.manager.close)
+        stack.callback(app.tokenizers.close)  # before the manager, which waits for loads that wait for a tokenizer
         app.engine.start()
         stack.callback(app.engine.stop)
 
@@ -100,9 +101,11 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
             stack.callback(app.watcher.close)
         await loop.run_in_executor(None, app.manager.finish_restore)
 
-        prompts = PromptEncoder(app.base.tokenizer, app.base.vocab_size)
+        prompts = PromptEncoder(app.base.tokenizer, app.base.vocab_size, app.tokenizers)
         stack.callback(prompts.close)
-        generation = GenerationService(app.engine, app.manager, prompts, EventBridge(loop), app.max_context, app.policy)
+        generation = GenerationService(
+            app.engine, app.composition, prompts, EventBridge(loop), app.max_context, app.policy
+        )
         adapters = AdapterService(app.manager, app.policy)
         stack.callback(adapters.close)
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 BASE_LABEL = "base"
 OTHER_LABEL = "other"
+COMPOSED_LABEL = "composed"
 
 # Waiting times: a cached prompt on a GPU answers in milliseconds, a long one on a CPU in a minute.
 WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
@@ -45,7 +46,8 @@ Metric = TypeVar("Metric", Counter, Histogram)
 class AdapterLabels:
     """Label values of adapters: the first `limit` adapters that are used keep theirs, later ones share `other`.
 
-    Only ids that the engine has accepted come here, so clients cannot make label values up.
+    Only ids that the engine has accepted come here, so clients cannot make label values up. They can make combinations
+    up: requests that several adapters answer together share `composed`, and so count once in every sum.
 
     Args:
         limit: how many adapters get a label value of their own.
@@ -59,10 +61,13 @@ class AdapterLabels:
         """The label value of an adapter; "" is the base."""
         label = self._labels.get(adapter_id)
         if label is None:
+            if "+" in adapter_id:  # several, joined
+                return COMPOSED_LABEL
             if len(self._labels) > self._limit:
                 return OTHER_LABEL
-            # An id has no slash: an adapter that is called `base` or `other` cannot be taken for what these mean here.
-            label = f"adapter/{adapter_id}" if adapter_id in (BASE_LABEL, OTHER_LABEL) else adapter_id
+            # An id has no slash: an adapter that is called `base` cannot be taken for what that means here.
+            taken = (BASE_LABEL, OTHER_LABEL, COMPOSED_LABEL)
+            label = f"adapter/{adapter_id}" if adapter_id in taken else adapter_id
             self._labels[adapter_id] = label
         return label
 

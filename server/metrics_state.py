@@ -50,7 +50,7 @@ class StateCollector(Collector):
     def _vllm_families(self, engine: EngineStats, adapters: AdapterStats) -> Iterable[Metric]:
         requests = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Adapters of running and waiting requests; the value is the Unix time of the scrape.",
+            "Adapters of running and waiting requests, each by itself; the value is the Unix time of the scrape.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         running, waiting = (

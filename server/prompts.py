@@ -1,13 +1,20 @@
-"""From a prompt in one of its three forms to token ids. Tokenizing runs on a thread of its own, off the event loop."""
+"""From a prompt in one of its three forms to token ids. Tokenizing runs on a thread of its own, off the event loop.
+
+Prompts for an adapter that brought a tokenizer of its own go another way (`tokenizers.py`).
+"""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from ..adapters.adapter_tokenizer import BASE_VOCABULARY, AdapterTokenizer, AdapterVocabulary
+from .engine.token_rules import TokenRules
 from .errors import BadRequestError
+from .tokenizers import Tokenizers, refusal
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -59,64 +66,100 @@ class PromptEncoder:
         tokenizer: the base's; nobody else uses it (the step thread decodes with a copy), since a fast tokenizer may
             refuse ("Already borrowed") while another thread is in it.
         vocab_size: rows of the embedding; token ids are below it.
+        own: adapters' own tokenizers; closed by whoever made it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, own: Tokenizers | None = None) -> None:
         self._tokenizer = tokenizer
+        self._own = own
         self.vocab_size = vocab_size
         # One thread: transformers' tokenizers are not documented to be thread-safe.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
-    async def encode(self, prompt: Prompt) -> list[int]:
+    async def encode(self, prompt: Prompt, vocabulary: AdapterVocabulary = BASE_VOCABULARY) -> list[int]:
         """Token ids of a prompt, at least one.
+
+        Args:
+            prompt: what the client gave.
+            vocabulary: of the adapter that is to answer.
 
         Raises:
             BadRequestError: it has no token, an id is outside the vocabulary, or the chat template refuses it.
         """
         if isinstance(prompt, TokenPrompt):
-            self.check_vocabulary("token_ids", prompt.token_ids)
+            self.check_vocabulary("token_ids", prompt.token_ids, vocabulary)
             return list(prompt.token_ids)
-        token_ids = await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, prompt)
+        if vocabulary.tokenizer is None:
+            token_ids = await self._run(prompt)
+        else:
+            token_ids = await self._encode_own(prompt, vocabulary.tokenizer)
         if not token_ids:
             raise BadRequestError("The prompt has no token; give at least one character.", {"field": _field(prompt)})
+        self.check_vocabulary(_field(prompt), token_ids, vocabulary)  # some tokenizers know tokens without a row
         return token_ids
 
-    def check_vocabulary(self, field: str, token_ids: tuple[int, ...]) -> None:
-        """Refuse token ids that the base does not have.
+    def check_vocabulary(
+        self, field: str, token_ids: Sequence[int], vocabulary: AdapterVocabulary = BASE_VOCABULARY
+    ) -> None:
+        """Refuse token ids that the base, or the adapter that is to answer, does not have.
 
         Raises:
             BadRequestError: names the field, the id and the vocabulary size.
         """
+        size = self.vocab_size if vocabulary.size is None else vocabulary.size
         for token_id in token_ids:
-            if not 0 <= token_id < self.vocab_size:
+            if not 0 <= token_id < size:
+                whose = "base" if vocabulary.size is None else "adapter"
                 raise BadRequestError(
-                    f"{field} contains {token_id}; the base's vocabulary is 0 to {self.vocab_size - 1}.",
-                    {"field": field},
+                    f"{field} contains {token_id}; the {whose}'s vocabulary is 0 to {size - 1}.", {"field": field}
                 )
+
+    def rules(self, vocabulary: AdapterVocabulary) -> TokenRules | None:
+        """What the engine needs to know of the tokens of a request; None: they are the base's."""
+        return None if self._own is None else self._own.rules(vocabulary)
 
     def close(self) -> None:
         """End the thread."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, prompt: TextPrompt | ChatPrompt) -> list[int]:
+    async def _run(self, prompt: TextPrompt | ChatPrompt | str) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, prompt)
+
+    async def _encode_own(self, prompt: TextPrompt | ChatPrompt, tokenizer: AdapterTokenizer) -> list[int]:
+        """Each part by whoever does it: the template, or the text, may be the base's."""
+        own = self._own
+        assert own is not None, "adapters have tokenizers only where the manager was given a maker"
+        if isinstance(prompt, TextPrompt):
+            if tokenizer.backend is None:
+                return await self._run(prompt)
+            written = await own.encode(tokenizer, prompt.text, None)
+        elif tokenizer.template is not None:
+            written = await own.encode(tokenizer, None, prompt.messages)
+        elif tokenizer.backend is None:
+            return await self._run(prompt)
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(self._executor, self._write, prompt)
+            written = await own.encode(tokenizer, text, prompt.messages)
+        return await self._run(written) if isinstance(written, str) else written
+
+    def _encode(self, prompt: TextPrompt | ChatPrompt | str) -> list[int]:
         if isinstance(prompt, TextPrompt):
             return self._tokenizer.encode(prompt.text, add_special_tokens=True)
+        # The template has written the special tokens.
+        text = self._write(prompt) if isinstance(prompt, ChatPrompt) else prompt
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _write(self, prompt: ChatPrompt) -> str:
+        """A conversation as text, by the base's template."""
         if not self._tokenizer.chat_template:
             raise BadRequestError("This base has no chat template; use prompt or token_ids.", {"field": "messages"})
         conversation = [{"role": role, "content": content} for role, content in prompt.messages]
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except Exception as error:
             # Templates refuse by raising (roles that do not alternate, an unknown role), each in its own words.
             log.info("chat template refused messages", exc_info=error)
-            roles = ", ".join(role for role, _ in prompt.messages)
-            raise BadRequestError(
-                f"The base's chat template refuses these messages (roles: {roles[:200]}). Many templates want user and "
-                "assistant in turn, beginning with user, and at most one system message before.",
-                {"field": "messages"},
-            ) from error
-        # The template has written the special tokens.
-        return self._tokenizer.encode(text, add_special_tokens=False)
+            raise refusal("The base's", prompt.messages) from error
 
 
 def _field(prompt: TextPrompt | ChatPrompt) -> str:

@@ -16,6 +16,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from ..adapters.adaptation import Adaptation
 from ..adapters.errors import AdapterInvalidError, AdapterNotReadyError, AdapterProofError, ServingError
 from ..adapters.golden import GOLDEN_FILE, Golden, wrong_vocabulary
 from ..adapters.golden_comparison import compare
@@ -72,12 +73,13 @@ class GoldenProver:
         self._exact = exact
         self._numbers = itertools.count()
 
-    def __call__(self, version: AdapterVersion, golden: Golden) -> str:
+    def __call__(self, version: AdapterVersion, golden: Golden, vocab_size: int | None = None) -> str:
         """Replay a golden file.
 
         Args:
             version: held by the caller until this returns.
             golden: its golden file.
+            vocab_size: token ids that the adapter knows are below it; None: as many as the base has.
 
         Returns:
             What was proven, for people.
@@ -88,8 +90,10 @@ class GoldenProver:
             AdapterNotReadyError: the engine did not get to it in time.
             ServingError: the engine is full or shutting down, or the adapter failed on its way to the device.
         """
-        if golden.vocab_size != self._vocab_size:
-            raise wrong_vocabulary(golden, self._vocab_size)
+        if vocab_size is None:
+            vocab_size = self._vocab_size
+        if golden.vocab_size != vocab_size:
+            raise wrong_vocabulary(golden, vocab_size)
         comparison = compare(golden, self._replay(version, golden), exact=self._exact)
         _log.info("adapter_proof", adapter=version.adapter_id, digest=version.digest, result=str(comparison))
         if not comparison.ok:
@@ -139,7 +143,7 @@ class GoldenProver:
             request_id=f"golden/{version}/{next(self._numbers)}",
             prompt_token_ids=list(prompt),
             params=_ONE_TOKEN,
-            adapter=version,
+            adapter=Adaptation.single(version),
             emit=lambda event: events.put((index, event)),
             capture=lambda row: rows.__setitem__(index, row),
         )

@@ -10,6 +10,7 @@ import structlog
 from ..card import CARD_FILE
 from ..config import CONFIG_FILE, MAX_CONFIG_BYTES
 from ..errors import AdapterNotFoundError, AdapterSourceError, AdapterUnreadableError
+from ..tokenizer_files import TOKENIZER_FILES
 from ..weights_file import WEIGHTS_FILE
 from .failures import AccessError, MissingFileError, TransferError
 from .meter import Meter
@@ -37,6 +38,7 @@ _WANTED: Final = (
     _Wanted(WEIGHTS_FILE, is_required=True),
     _Wanted(GOLDEN_FILE, is_required=False),
     _Wanted(CARD_FILE, is_required=False),
+    *(_Wanted(name, is_required=False, max_bytes=size) for name, size in TOKENIZER_FILES.items()),
 )
 
 

@@ -30,7 +30,7 @@ def fill_model(
     """
     by_linear = {f"{p.parent}.{leaf}": (p, leaf) for p in plans for leaf in p.parts}
     wanted = dense_names(model, plans)
-    tied = {n for n in _tied_names(model) if n in wanted}
+    tied = {n for n in tied_names(model) if n in wanted}
     nested: dict[str, dict[str, Tensor]] = defaultdict(dict)
     verb = "Loading NF4 base" if quantized else "Quantizing base to NF4"
     with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=verb, disable=not progress) as bar:
@@ -68,7 +68,7 @@ def dense_names(model: nn.Module, plans: list[SitePlan]) -> set[str]:
 
 def required_dense_names(model: nn.Module, plans: list[SitePlan]) -> set[str]:
     """Those of `dense_names` that a checkpoint must hold: all but the tied."""
-    return dense_names(model, plans) - set(_tied_names(model))
+    return dense_names(model, plans) - set(tied_names(model))
 
 
 def _parameter_name(name: str, wanted: set[str], by_linear: dict[str, Any]) -> str:
@@ -80,14 +80,15 @@ def _parameter_name(name: str, wanted: set[str], by_linear: dict[str, Any]) -> s
     return name
 
 
-def _tied_names(model: nn.Module) -> list[str]:
+def tied_names(model: nn.Module) -> list[str]:
+    """Parameters that are another one by another name, and so may be missing from a checkpoint."""
     keys = getattr(model, "_tied_weights_keys", None) or {}
     return list(keys) if getattr(model.config, "tie_word_embeddings", False) else []
 
 
 def _ignorable(model: nn.Module, name: str) -> bool:
     """Old checkpoints store rotary frequencies; tied ones may repeat lm_head."""
-    return name.endswith("rotary_emb.inv_freq") or name in _tied_names(model)
+    return name.endswith("rotary_emb.inv_freq") or name in tied_names(model)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

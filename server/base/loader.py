@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ...adapters.fingerprint import BaseFingerprint
+from ...adapters.modules import ModuleTable
 from ...adapters.sites import SiteTable
 from ..errors import BaseModelError
 from .attention import ATTENTION
@@ -21,8 +22,10 @@ from .checkpoint import BaseCheckpoint, quantization_of, resolve_source
 from .families import check_servable, context_limit
 from .fill import fill_model
 from .model import BaseModel
+from .module_table import describe_modules
 from .nf4_cache import NF4Cache
 from .site_plan import describe_sites, install_sites, plan_sites
+from .weights import ResidentWeights
 
 
 def load_base(
@@ -55,6 +58,7 @@ def load_base(
     quantized = quantization_of(config) is not None
     model = _empty_model(config, compute_dtype)
     plans = plan_sites(model)
+    module_table = describe_modules(model)
     cache = NF4Cache(cache_dir, checkpoint, compute_dtype) if cache_dir and not quantized else None
     if cache is None or not cache.read(model, plans, device):
         fill_model(model, plans, checkpoint, device, compute_dtype, quantized, progress)
@@ -62,14 +66,16 @@ def load_base(
             cache.write(model, plans)
     model.tie_weights()  # type: ignore[operator]
     _move_buffers(model, device)
-    sites = install_sites(model, plans, compute_dtype)
+    site_table = SiteTable(install_sites(model, plans, compute_dtype))
     tokenizer = _read_tokenizer(directory)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
         config=config,
         architecture=architecture,
-        site_table=SiteTable(sites),
+        site_table=site_table,
+        module_table=module_table,
+        weights=ResidentWeights(model, site_table, module_table),
         device=device,
         compute_dtype=compute_dtype,
         max_context=context_limit(config),
@@ -84,11 +90,13 @@ class BaseOutline:
 
     Attributes:
         site_table: every adaptable linear.
+        module_table: what it has beside them.
         fingerprint: names and hash; without weights, the hash is unknown.
         vocab_size: token ids are below it.
     """
 
     site_table: SiteTable
+    module_table: ModuleTable
     fingerprint: BaseFingerprint
     vocab_size: int
 
@@ -107,10 +115,11 @@ def outline_base(source: str, directory: Path, *, name: str = "") -> BaseOutline
     config = _read_config(directory)
     check_servable(config)
     quantization_of(config)
-    sites = describe_sites(plan_sites(_empty_model(config, torch.bfloat16)))
+    model = _empty_model(config, torch.bfloat16)
+    site_table = SiteTable(describe_sites(model, plan_sites(model)))
     checkpoint = BaseCheckpoint(directory) if any(directory.glob("*.safetensors")) else None
     fingerprint = identify_base(source, name, directory, checkpoint)
-    return BaseOutline(SiteTable(sites), fingerprint, int(config.vocab_size))
+    return BaseOutline(site_table, describe_modules(model), fingerprint, int(config.vocab_size))
 
 
 def _read_config(directory: Path) -> PretrainedConfig:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ...adapters.fingerprint import BaseFingerprint
+from ...adapters.modules import BaseWeights, ModuleTable
 from ...adapters.sites import Site, SiteTable
 from .attention import KVCache
 from .linears import NF4Linear, StackedLinear
@@ -23,7 +24,9 @@ class BaseModel:
         tokenizer: a fast tokenizer.
         config: the model's config.
         architecture: e.g. LlamaForCausalLM.
-        site_table: every adaptable linear.
+        site_table: every adaptable linear; the last one is the output head.
+        module_table: what it has beside them: embedding and norms.
+        weights: its own weights, for adapters that must be compared or computed with them.
         device: where it lives.
         compute_dtype: dtype of activations, embeddings, norms and lm_head.
         max_context: tokens.
@@ -36,6 +39,8 @@ class BaseModel:
     config: PretrainedConfig
     architecture: str
     site_table: SiteTable
+    module_table: ModuleTable
+    weights: BaseWeights
     device: torch.device
     compute_dtype: torch.dtype
     max_context: int
@@ -124,7 +129,7 @@ class BaseModel:
             kwargs: handed to the attention function (`paged=PagedStep`).
 
         Returns:
-            float32 [n, vocab].
+            float32 [n, vocab]; wider where an adapter of these rows knows more ids.
         """
         keep: Any = 0 if rows is None else rows
         out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, **kwargs)

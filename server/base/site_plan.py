@@ -97,15 +97,34 @@ def install_sites(model: nn.Module, plans: list[SitePlan], dtype: torch.dtype) -
                 setattr(parent, leaf, SliceLinear(stack, i))
         else:
             setattr(parent, plan.parts[0], linear)
-    return describe_sites(plans)
+    return describe_sites(model, plans)
 
 
-def describe_sites(plans: list[SitePlan]) -> list[Site]:
-    """The sites that the plans come to; needs no weights."""
+def describe_sites(model: nn.Module, plans: list[SitePlan]) -> list[Site]:
+    """The sites that the plans come to, and the output head as the last one; needs no weights.
+
+    Raises:
+        BaseModelError: the model's output head is no linear.
+    """
     sites: list[Site] = []
     for index, plan in enumerate(plans):
         slices = tuple(
             Slice(f"{plan.parent}.{leaf}", width) for leaf, width in zip(plan.parts, plan.widths, strict=True)
         )
         sites.append(Site(index, f"{plan.parent}.{plan.name}", plan.layer, plan.in_features, slices))
+    path, head = find_head(model)
+    sites.append(Site(len(sites), path, -1, head.in_features, (Slice(path, head.out_features),), is_head=True))
     return sites
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """(path, module) of the output head.
+
+    Raises:
+        BaseModelError: it has none, or it is no linear.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is head and isinstance(module, nn.Linear):
+            return path, module
+    raise BaseModelError("The base model has no output head that is a linear (lm_head).")

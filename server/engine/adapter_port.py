@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from ...adapters.version import AdapterVersion
+from ...adapters.adaptation import Adaptation
 
 
 class AdapterPort(Protocol):
-    """The step thread's view of the adapters; `AdapterManager` is the real one.
+    """The step thread's view of the adapters; `CompositionPort` is the real one.
 
-    A request's version was pinned (`resolve`) before it was submitted. The scheduler balances every slot returned by
+    A request's versions were pinned (`resolve`) before it was submitted. The scheduler balances every slot returned by
     `try_activate` with one `deactivate`; the engine calls `release` once for each accepted request, at its end.
 
     For the scheduler's promise that no request starves, an implementation keeps two of its own:
 
-    1. A version with an activation keeps its slot until its last `deactivate`.
-    2. When no other version has an activation and none but one is asked for any more, `try_activate` of that one,
+    1. An adaptation with an activation keeps its slot until its last `deactivate`.
+    2. When no other adaptation has an activation and none but one is asked for any more, `try_activate` of that one,
        repeated, returns a slot or raises in the end: what was brought in because it was asked for stays for longer than
        a step, but not for ever.
 
@@ -26,22 +26,23 @@ class AdapterPort(Protocol):
 
     on_ready: Callable[[], None]
 
-    def try_activate(self, version: AdapterVersion) -> int | None:
-        """Return the version's device slot and count one more user of it.
+    def try_activate(self, adaptation: Adaptation) -> int | None:
+        """Return the adaptation's batch slot and count one more user of it.
 
-        None if it is not resident; the loader is then asked to bring it in (asking again is harmless).
+        None, and nothing is held, if a version of it is not resident; the loader is then asked to bring it in (asking
+        again is harmless).
 
         Raises:
-            ServingError: the version failed to load or was dropped; no request of it can be served.
+            ServingError: a version failed to load or was dropped; no request of it can be served.
         """
         ...
 
-    def deactivate(self, version: AdapterVersion) -> None:
+    def deactivate(self, adaptation: Adaptation) -> None:
         """One user less of the slot."""
         ...
 
-    def release(self, version: AdapterVersion) -> None:
-        """One request less of the version; it may go when there is none."""
+    def release(self, adaptation: Adaptation) -> None:
+        """One request less of each of the versions; one may go when there is none."""
         ...
 
     def step_work(self) -> None:

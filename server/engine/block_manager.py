@@ -11,9 +11,9 @@ blocks 7 (t0..t3) and 2 (t4..t7) are registered; block 5 is not full. Request B 
 prompt `t0..t7` finds block 7 only: one token at least has to be computed, and blocks are shared whole, so nobody ever
 writes into a shared one. Its table is [7, 9].
 
-Blocks are found by a chain: the key of a block is (parent, its tokens), where parent is the adapter's digest for a
+Blocks are found by a chain: the key of a block is (parent, its tokens), where parent is the adaptation's digest for a
 first block and else the uid that the block before got when it was registered. Uids are never used again and tuples
-compare by value, so a hit proves adapter version and every token from the first on; no hash can collide unnoticed.
+compare by value, so a hit proves adaptation and every token from the first on; no hash can collide unnoticed.
 When a parent is reused for something else, its children cannot be found any more and are reused in their turn. That is
 rare: a request's blocks are freed last block first, so children are older in the LRU order than their parents.
 """
@@ -47,7 +47,7 @@ class _Block:
     refs: int = 0
     key: Key | None = None
     uid: int = 0
-    digest: str = ""
+    owners: tuple[str, ...] = ()  # digests of the versions that its KV was computed with; ("",) is the base
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class BlockManager:
         self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_cached = 0
         self._by_key: dict[Key, int] = {}
-        self._by_digest: dict[str, set[int]] = {}
+        self._by_owner: dict[str, set[int]] = {}
         self._chains: dict[Request, _Chain] = {}
         self._next_uid = 0
         self._queried_tokens = 0
@@ -137,13 +137,13 @@ class BlockManager:
         num_full = request.num_computed_tokens // self.block_size
         if not self._prefix_cache or num_full == chain.length:
             return
-        digest = _digest(request)
+        owners = _owners(request)
         for i in range(chain.length, num_full):
             key = (chain.parent, self._tokens(request, i))
             twin = self._by_key.get(key)
             if twin is None:  # else another request computed the same at the same time: ours stays unregistered
                 twin = request.block_table[i]
-                self._register(twin, key, digest)
+                self._register(twin, key, owners)
             chain.parent = self._blocks[twin].uid
         chain.length = num_full
 
@@ -163,8 +163,8 @@ class BlockManager:
         request.block_table = []
 
     def drop_adapter(self, digest: str) -> None:
-        """Forget the cached KV of an adapter version; blocks in use stay with their requests."""
-        for index in list(self._by_digest.get(digest, ())):
+        """Forget the cached KV of an adapter version, alone or among others; blocks in use stay with their requests."""
+        for index in list(self._by_owner.get(digest, ())):
             self._unregister(index)
             if not self._blocks[index].refs:
                 self._num_cached -= 1
@@ -189,10 +189,13 @@ class BlockManager:
                 raise IntegrityError(f"block {index} has {block.refs} references and is in the wrong list")
             if block.key is not None and self._by_key.get(block.key) != index:
                 raise IntegrityError(f"block {index} is registered under a key that leads elsewhere")
-            if (block.key is not None) != (index in self._by_digest.get(block.digest, ())):
-                raise IntegrityError(f"block {index} and the index of {block.digest!r} disagree")
-        num_registered = sum(block.key is not None for block in self._blocks)
-        if not num_registered == len(self._by_key) == sum(map(len, self._by_digest.values())):
+            for owner in block.owners:
+                if (block.key is not None) != (index in self._by_owner.get(owner, ())):
+                    raise IntegrityError(f"block {index} and the index of {owner!r} disagree")
+        registered = [block for block in self._blocks if block.key is not None]
+        num_registered = len(registered)
+        num_owners = sum(len(block.owners) for block in registered)
+        if num_registered != len(self._by_key) or num_owners != sum(map(len, self._by_owner.values())):
             raise IntegrityError(f"{num_registered} blocks are registered, {len(self._by_key)} keys are known")
         num_cached = sum(block.key is not None and not block.refs for block in self._blocks)
         if num_cached != self._num_cached:
@@ -230,23 +233,32 @@ class BlockManager:
             self._unregister(index)
         return index
 
-    def _register(self, index: int, key: Key, digest: str) -> None:
+    def _register(self, index: int, key: Key, owners: tuple[str, ...]) -> None:
         block = self._blocks[index]
-        block.key, block.digest, block.uid = key, digest, self._next_uid
+        block.key, block.owners, block.uid = key, owners, self._next_uid
         self._next_uid += 1
         self._by_key[key] = index
-        self._by_digest.setdefault(digest, set()).add(index)
+        for owner in owners:
+            self._by_owner.setdefault(owner, set()).add(index)
 
     def _unregister(self, index: int) -> None:
         block = self._blocks[index]
         assert block.key is not None
         del self._by_key[block.key]
         block.key = None
-        indices = self._by_digest[block.digest]
-        indices.discard(index)
-        if not indices:
-            del self._by_digest[block.digest]
+        for owner in block.owners:
+            indices = self._by_owner[owner]
+            indices.discard(index)
+            if not indices:
+                del self._by_owner[owner]
 
 
 def _digest(request: Request) -> str:
     return request.adapter.digest if request.adapter is not None else ""
+
+
+def _owners(request: Request) -> tuple[str, ...]:
+    """Sorted, each once: two ids can have the same content."""
+    if request.adapter is None:
+        return ("",)
+    return tuple(sorted({version.digest for version in request.adapter.versions}))

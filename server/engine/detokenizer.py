@@ -9,18 +9,17 @@ sequences that decode well as a whole, and has no way to hand out what is left a
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .request import Request
 from .stop_strings import StopStrings
+from .token_rules import Decode
 
 _UNFINISHED = "\ufffd"
 _PROMPT_TOKENS = 6  # of context for the first token's text
 _WINDOW = 16  # ids from which on the window is shortened
 _LONGEST_WINDOW = 64  # ids without the end of a character: these bytes are no text, show them as they are
-
-Decode = Callable[[Sequence[int]], str]
 
 
 class TextStream(Protocol):
@@ -48,10 +47,13 @@ class DetokenizerFactory:
             `decode` raise "Already borrowed". And of a fast one only the backend: the wrapper may "clean up" spaces,
             which changes text that was already sent.
         skip_special_tokens: leave special tokens out of the text.
+
+    Attributes:
+        backend: the copy; only the step thread uses it.
     """
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
-        decoder = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", tokenizer))
+        self.backend = decoder = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", tokenizer))
 
         def decode(token_ids: Sequence[int]) -> str:
             text: str = decoder.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -62,7 +64,9 @@ class DetokenizerFactory:
     def __call__(self, request: Request) -> TextStream:
         """A new stream, at the end of the request's prompt."""
         stops = StopStrings(request.params.stop, include_stop=request.params.include_stop)
-        return Detokenizer(self._decode, request.prompt_token_ids, stops)
+        rules = request.tokens
+        decode = self._decode if rules is None or rules.decode is None else rules.decode
+        return Detokenizer(decode, request.prompt_token_ids, stops)
 
 
 class Detokenizer:

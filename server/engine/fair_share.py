@@ -13,20 +13,31 @@ requests earns nothing. With nobody waiting at all the floor is the counter of t
 while nobody had to wait is not held against anyone. Requests that wait for their adapter or stand at its cap do not
 compete (*), so they are lifted like new ones, and their low counters do not keep the floor down for others.
 
+Several adapters in one request (*): every token is charged in full to each of them, and counts for the caps of each,
+whatever their weights in the sum: who wraps an adapter into a composition gets no more of it. Such a request competes
+with the *key* of its adapters' counters, max(lowest, highest - SLACK). So it takes turns by age with the requests of
+the adapter that has received least, as long as none of the others is ahead of that by more than SLACK, else it waits
+for the one that is. (With the highest counter alone it would wait for as long as two of its adapters have requests of
+their own, because one of them is always behind.) One adapter's key is its counter.
+
 Bound (as in the paper): while two adapters compete without a break, the services they receive, each divided by its
-weight, differ by at most 2 U, whatever their requests are like. U is the most that requests running together are
-charged from admission to end, divided by the lower of the two weights. For an adapter is given a place only while its
-counter is the lowest; from then on it can get ahead by what its running requests still receive.
+weight, differ by at most 2 U, whatever their requests are like; by at most 2 (U + SLACK), where requests name several
+and each of the two has some of its own waiting. U is the most that requests running together are charged from admission
+to end, divided by the lower of the two weights. For a request is given a place only while its key is the lowest, and no
+counter of its adapters is above that by more than SLACK; from then on each can get ahead by what running requests still
+receive.
 
 Whoever had no request admitted for `max_wait_s` is set back to the floor (*): among equals the oldest request goes
 first, so it is next. Where shares alone would let an adapter wait longer, it gets one request in `max_wait_s`.
 
 Memory: an entry for each adapter that has live requests, and the counters, above the floor, of at most MAX_IDLE others.
-Without those an adapter could lose its debt by letting all its requests end for a moment.
+Without those an adapter could lose its debt by letting all its requests end for a moment. Nothing is kept by
+combination.
 """
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .limits import AdapterLimits, LimitsOf
@@ -37,16 +48,20 @@ OUTPUT_TOKEN = 2.0
 
 MAX_IDLE = 1024
 
+# Weighted tokens at weight 1. Counters of adapters that always wait come apart by the length of a few requests.
+SLACK = 4096.0
+
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """An adapter with live requests, all its versions together.
+    """An adapter with live requests, all its versions together, alone or among others.
 
     Attributes:
         adapter_id: "" is the base.
         counter: weighted tokens received divided by weight, on the scale of the others' counters.
         waiting, running: requests.
         unserved_since: second since which it has waited without an admission; not counting time at its own cap.
+        is_reserved: no request of it may be admitted but the one that goes first (`waiting.py`).
     """
 
     adapter_id: str
@@ -55,11 +70,20 @@ class Share:
     waiting: int = 0
     running: int = 0
     unserved_since: float = 0.0
+    is_reserved: bool = False
 
     @property
     def is_capped(self) -> bool:
         """Whether as many of its requests run as may."""
         return self.limits.max_running is not None and self.running >= self.limits.max_running
+
+
+def key_of(shares: Sequence[Share]) -> float:
+    """Where requests of these adapters, at least one, stand among those that compete."""
+    if len(shares) == 1:
+        return shares[0].counter
+    counters = [share.counter for share in shares]
+    return max(min(counters), max(counters) - SLACK)
 
 
 class FairShare:
@@ -68,6 +92,9 @@ class FairShare:
     Args:
         limits_of: weights and caps by adapter id.
         max_wait_s: seconds without an admission after which an adapter that waits is set back to the floor.
+
+    Attributes:
+        floor: the lowest key of those that compete.
     """
 
     def __init__(self, limits_of: LimitsOf, max_wait_s: float) -> None:
@@ -75,7 +102,7 @@ class FairShare:
             raise ValueError(f"max_wait_s ({max_wait_s}) must be 0 or more")
         self.floor = 0.0
         self._limits_of = limits_of
-        self._max_wait_s = max_wait_s
+        self.max_wait_s = max_wait_s
         self._now = 0.0
         self._shares: dict[str, Share] = {}
         self._unserved: OrderedDict[Share, None] = OrderedDict()  # those that wait, longest unserved first
@@ -133,7 +160,7 @@ class FairShare:
         share.counter = max(share.counter, self.floor)
 
     def raise_floor(self, lowest: float) -> None:
-        """No counter of those that compete is below `lowest`."""
+        """No key of those that compete is below `lowest`."""
         self.floor = max(self.floor, lowest)
 
     def set_back(self, now: float, most: int) -> list[Share]:
@@ -147,7 +174,7 @@ class FairShare:
         changed = []
         for _ in range(min(most, len(self._unserved))):
             share = next(iter(self._unserved))
-            if now - share.unserved_since < self._max_wait_s:
+            if now - share.unserved_since < self.max_wait_s:
                 break
             if not share.is_capped and share.counter > self.floor:
                 share.counter = self.floor

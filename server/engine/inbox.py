@@ -100,8 +100,8 @@ class Inbox:
             if request.capture is None:
                 self._accept_within_limits(request)
             self._num_waiting += 1
-            self._waiting[request.adapter_id] += 1
-            self._submitted[request.adapter_id] += 1
+            self._waiting.update(request.adapter_ids)
+            self._submitted.update(request.adapter_ids)
             self._live[request.request_id] = request
             self._news.submitted.append(request)
             self._is_quiet = False
@@ -156,7 +156,10 @@ class Inbox:
                     del self._waiting[adapter_id]
 
     def spend(self, generated: Mapping[str, int]) -> None:
-        """Count generated tokens, by adapter id, against the adapters' tokens a minute. Step thread."""
+        """Count generated tokens, by adapter id, against the adapters' tokens a minute. Step thread.
+
+        Those of several adapters that answered together count for each of them.
+        """
         with self._changed:
             self._rates.spend(generated, self._clock())
 
@@ -199,18 +202,22 @@ class Inbox:
             self._changed.wait_for(lambda: self._is_quiet or self._state in ENDED, timeout_s)
 
     def _accept_within_limits(self, request: Request) -> None:
-        """Refuse a request that is over its adapter's limits, else count its prompt."""
-        adapter_id, now = request.adapter_id, self._clock()
-        limits = self._limits_of(adapter_id)
-        if limits.max_waiting is not None and self._waiting[adapter_id] >= limits.max_waiting:
-            whose = f"Adapter {adapter_id!r}" if adapter_id else "The base model"
-            raise AdapterQueueFullError(
-                f"{whose} has as many requests waiting as may wait ({limits.max_waiting}). Try again later.",
-                {"adapter_id": adapter_id, "max_waiting": str(limits.max_waiting)},
-            )
-        if limits.tokens_per_minute is not None:
-            self._rates.check(adapter_id, limits.tokens_per_minute, now)
-            self._rates.accept(adapter_id, limits.tokens_per_minute, len(request.prompt_token_ids), now)
+        """Refuse a request that is over a limit of any of its adapters, else count its prompt for each of them."""
+        now = self._clock()
+        rates: dict[str, int] = {}
+        for adapter_id in request.adapter_ids:
+            limits = self._limits_of(adapter_id)
+            if limits.max_waiting is not None and self._waiting[adapter_id] >= limits.max_waiting:
+                whose = f"Adapter {adapter_id!r}" if adapter_id else "The base model"
+                raise AdapterQueueFullError(
+                    f"{whose} has as many requests waiting as may wait ({limits.max_waiting}). Try again later.",
+                    {"adapter_id": adapter_id, "max_waiting": str(limits.max_waiting)},
+                )
+            if limits.tokens_per_minute is not None:
+                self._rates.check(adapter_id, limits.tokens_per_minute, now)
+                rates[adapter_id] = limits.tokens_per_minute
+        for adapter_id, per_minute in rates.items():  # nothing is used up by a request that is refused
+            self._rates.accept(adapter_id, per_minute, len(request.prompt_token_ids), now)
 
     def _notify(self) -> None:
         self._has_news = True

@@ -1,16 +1,17 @@
 """Lanes of waiting requests, and the orders in which they are found. Imports no torch; used by `waiting.py` only.
 
-All requests of an adapter version wait for the same adapter, so they are looked at as one: a lane.
+All requests of an adaptation wait for the same versions, so they are looked at as one: a lane.
 """
 
 import bisect
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ...adapters.version import AdapterVersion
+from ...adapters.adaptation import Adaptation
 from .block_manager import IntegrityError
-from .fair_share import Share
+from .fair_share import Share, key_of
 from .request import Request
 
 
@@ -22,28 +23,36 @@ class LaneState(StrEnum):
     PARKED = "parked"
 
 
-# State, counter of the share when the lane was sorted in (0 unless the lane is untried), order of the head.
+# State, counter when the lane was sorted in (0 unless the lane is untried), order of the head.
 Place = tuple[LaneState, float, int]
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """The waiting requests of one adapter version (None: the base), oldest first.
+    """The waiting requests of one adaptation (None: the base), oldest first.
 
     Attributes:
-        share: of its adapter.
-        active: activations of the version that are held, by running requests or a waiting one.
+        shares: of its adapters.
+        active: activations of the adaptation that are held, by running requests or a waiting one.
         blocked_since: second at which the lane was parked.
-        place: where the lane is sorted in; None while it has no requests or its adapter is at its cap.
+        goes_first: its head is looked at before everybody else.
+        place: where the lane is sorted in; None while it has no requests, or an adapter of it is at its cap or reserved
+            for the lane that goes first.
     """
 
-    version: AdapterVersion | None
-    share: Share
+    adaptation: Adaptation | None
+    shares: tuple[Share, ...]
     state: LaneState
     requests: OrderedDict[Request, None] = field(default_factory=OrderedDict)
     active: int = 0
     blocked_since: float = 0.0
+    goes_first: bool = False
     place: Place | None = None
+
+    @property
+    def counter(self) -> float:
+        """The lower it is, the earlier is its turn."""
+        return -math.inf if self.goes_first else key_of(self.shares)
 
     @property
     def head(self) -> Request:
@@ -53,9 +62,12 @@ class Lane:
     @property
     def right_place(self) -> Place | None:
         """Where it belongs now."""
-        if not self.requests or self.share.is_capped:
+        if not self.requests:
             return None
-        return self.state, self.share.counter if self.state is LaneState.UNTRIED else 0.0, self.head.order
+        for share in self.shares:
+            if share.is_capped or (share.is_reserved and not self.goes_first):
+                return None
+        return self.state, self.counter if self.state is LaneState.UNTRIED else 0.0, self.head.order
 
 
 def competes(place: Place | None) -> bool:
@@ -70,7 +82,7 @@ ByCounter = tuple[float, int, Lane]
 
 def by_counter(lane: Lane) -> ByCounter:
     """The lane's entry in an order by counter, then age."""
-    return lane.share.counter, lane.head.order, lane
+    return lane.counter, lane.head.order, lane
 
 
 class LaneIndex:
@@ -78,7 +90,7 @@ class LaneIndex:
 
     Attributes:
         open: in no order; there are no more than versions in use.
-        untried: by counter, then age.
+        untried: by counter, then age; counters can have grown since a lane was sorted in, see `lowest_untried`.
         untried_by_age, parked: by age.
     """
 
@@ -97,6 +109,15 @@ class LaneIndex:
             if place is not None:
                 self._insert(lane, place)
             lane.place = place
+
+    def lowest_untried(self) -> Lane | None:
+        """The first of the untried lanes by what their counters are now."""
+        while self.untried:
+            counter, _, lane = self.untried[0]
+            if counter == lane.counter:
+                return lane
+            self.sort_in(lane)
+        return None
 
     def check_integrity(self, lanes: set[Lane]) -> None:
         """Verify that just these lanes are found, in order.

@@ -18,7 +18,7 @@ class Output:
     Args:
         request: its `output_token_ids` grow here.
         make_stream: called at the first token.
-        eos_token_ids: the model's.
+        eos_token_ids: the model's; a request with a tokenizer of its own has its own.
         max_tokens: prompt and output at most; reaching it is FinishReason.LENGTH.
     """
 
@@ -28,7 +28,8 @@ class Output:
         self._request = request
         self._make_stream = make_stream
         self._stream: TextStream | None = None
-        self._eos_token_ids = frozenset() if request.params.ignore_eos else eos_token_ids
+        eos = eos_token_ids if request.tokens is None else request.tokens.eos_token_ids
+        self._eos_token_ids = frozenset() if request.params.ignore_eos else eos
         self._max_tokens = max_tokens
 
     def add(self, sampled: SampledToken) -> tuple[Delta, Finished | None]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from ...adapters.adaptation import Adaptation
 from ...adapters.errors import ServingError
-from ...adapters.version import AdapterVersion
 from .sampling_params import SamplingParams
 from .token_counts import TokenCounts
+from .token_rules import TokenRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,16 +85,18 @@ class Request:
         request_id: unique among live requests.
         prompt_token_ids: at least one token.
         params: validated.
-        adapter: the version pinned at admission, or None for the base.
+        adapter: the versions pinned at admission, and their weights; None for the base.
         emit: receives Delta..., then exactly one Finished or Failed; called on the step thread.
         deadline: `time.monotonic()` second after which the request fails with DeadlineError, or None.
         arrival: `time.monotonic()` second of submission.
         phase, output_token_ids, num_computed_tokens, num_cached_tokens, block_table, slot: owned by the scheduler.
             num_computed_tokens counts tokens whose KV is in the cache; block_table lists its KV blocks in order;
-            slot is the adapter's device slot while running (NO_SLOT: base).
+            slot is the adapter's batch slot while running (NO_SLOT: base): a device slot, or what stands for several
+            (adapters/composition.py).
         order: rank by submission, unique, set by the scheduler. Lower is older; a preempted request keeps it.
         seed: of this request's random numbers: the client's, or a fresh one.
         token_counts: what penalties need, kept by the sampler; None until the first token of a request with penalties.
+        tokens: what token ids mean, where the adapter brought a tokenizer of its own; None: what they mean to the base.
         capture: for the server's own requests (server/proof.py), which the observer does not hear of: receives the
             logits that the first token is sampled from, float32 [vocab] on the CPU; called on the step thread.
     """
@@ -101,7 +104,7 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    adapter: AdapterVersion | None
+    adapter: Adaptation | None
     emit: Callable[[Event], None]
     deadline: float | None = None
     arrival: float = field(default_factory=time.monotonic)
@@ -115,6 +118,7 @@ class Request:
     order: int = -1
     seed: int = field(init=False)
     token_counts: TokenCounts | None = None
+    tokens: TokenRules | None = None
     capture: "Callable[[Tensor], None] | None" = None
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -127,8 +131,13 @@ class Request:
 
     @property
     def adapter_id(self) -> str:
-        """Its adapter's id; "" is the base."""
+        """Its adapter's id, those of several joined by "+"; "" is the base."""
         return self.adapter.adapter_id if self.adapter is not None else ""
+
+    @property
+    def adapter_ids(self) -> tuple[str, ...]:
+        """Every adapter that is charged for it, and whose caps hold for it; ("",) is the base."""
+        return self.adapter.adapter_ids if self.adapter is not None else ("",)
 
     @property
     def num_tokens(self) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...adapters.layers import LoraBatch
-from ...adapters.staging import StagedInts
+from ...adapters.lora_batch import BASE_SLOT, Expand, LoraBatch
+from ...adapters.row_overrides import RowOverrides
+from ...adapters.staging import StagedValues
 from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
 from .scheduler import ScheduledRequest, ScheduledStep
@@ -27,27 +28,41 @@ class Runner:
         max_tokens: tokens a step at most (the scheduler's budget).
         max_requests: requests a step at most.
         max_blocks: blocks of the longest context.
+        expand: members of the batch slots that stand for compositions.
     """
 
     def __init__(
-        self, base: BaseModel, lora: LoraBatch, cache: KVCache, *, max_tokens: int, max_requests: int, max_blocks: int
+        self,
+        base: BaseModel,
+        lora: LoraBatch,
+        cache: KVCache,
+        *,
+        max_tokens: int,
+        max_requests: int,
+        max_blocks: int,
+        expand: Expand,
     ) -> None:
         self._base = base
         self._lora = lora
+        self._overrides = RowOverrides(base.model, base.module_table, lora)
         self._cache = cache
+        self._expand = expand
         device = base.device
-        self._ids = StagedInts(max_tokens, torch.int64, device)
-        self._positions = StagedInts(max_tokens, torch.int64, device)
-        self._kv_slots = StagedInts(max_tokens, torch.int64, device)
-        self._query_starts = StagedInts(max_requests + 1, torch.int32, device)
-        self._context_lens = StagedInts(max_requests, torch.int32, device)
-        self._tables = StagedInts(max_requests * max_blocks, torch.int32, device)
-        self._rows = StagedInts(max_requests, torch.int64, device)
+        self._ids = StagedValues(max_tokens, torch.int64, device)
+        self._positions = StagedValues(max_tokens, torch.int64, device)
+        self._kv_slots = StagedValues(max_tokens, torch.int64, device)
+        self._query_starts = StagedValues(max_requests + 1, torch.int32, device)
+        self._context_lens = StagedValues(max_requests, torch.int32, device)
+        self._tables = StagedValues(max_requests * max_blocks, torch.int32, device)
+        self._rows = StagedValues(max_requests, torch.int64, device)
 
     @torch.inference_mode()
     def forward(self, step: ScheduledStep) -> Tensor:
-        """Logits of every request of the step that samples, in step order: float32 [n, vocab]."""
-        self._lora.prepare(_segments(step.requests))
+        """Logits of every request of the step that samples, in step order: float32 [n, vocab].
+
+        Where an adapter of these rows has another vocabulary, `vocab` is the largest; ids that a row lacks are -inf.
+        """
+        self._lora.prepare(*_segments(step.requests), self._expand)
         ids: list[int] = []
         positions: list[int] = []
         kv_slots: list[int] = []
@@ -74,13 +89,17 @@ class Runner:
             max_query_len=max(item.num_tokens for item in step.requests),
             max_context_len=max(contexts),
         )
-        return self._base.logits(
-            self._ids.fill(ids).unsqueeze(0),
-            self._positions.fill(positions).unsqueeze(0),
-            # No request samples while all are in the middle of their prompts: one row is the least the head takes.
-            rows=self._rows.fill(rows or [0]),
-            paged=paged,
-        )[: len(rows)]
+        flat_ids = self._ids.fill(ids)
+        with self._overrides.applied(flat_ids):
+            logits = self._base.logits(
+                flat_ids.unsqueeze(0),
+                self._positions.fill(positions).unsqueeze(0),
+                # No request samples while all are in the middle of their prompts: one row is the least the head takes.
+                rows=self._rows.fill(rows or [0]),
+                paged=paged,
+            )[: len(rows)]
+        self._overrides.mask_(logits)
+        return logits
 
     def _block_tables(self, requests: Sequence[ScheduledRequest], max_context: int) -> Tensor:
         """int32 [N, blocks of the longest context of this step]; unused entries are 0 and never read."""
@@ -93,13 +112,9 @@ class Runner:
         return self._tables.fill(flat).view(len(requests), width)
 
 
-def _segments(requests: Sequence[ScheduledRequest]) -> list[tuple[int, int]]:
-    """(slot, rows) of each run of equal slots, in row order."""
-    segments: list[tuple[int, int]] = []
-    for item in requests:
-        slot = item.request.slot
-        if segments and segments[-1][0] == slot:
-            segments[-1] = (slot, segments[-1][1] + item.num_tokens)
-        else:
-            segments.append((slot, item.num_tokens))
-    return segments
+def _segments(requests: Sequence[ScheduledRequest]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(batch slot, rows) of each request: in the flat batch, and of the rows that sample."""
+    flat = [(item.request.slot, item.num_tokens) for item in requests]
+    sampled = [(item.request.slot, 1) for item in requests if item.samples]
+    # Without any, the head computes a row whose logits nobody takes.
+    return flat, sampled or [(BASE_SLOT, 1)]

@@ -14,7 +14,7 @@ Rows that need nothing but the likeliest token cost one `max` over the batch; ev
 need it. The only wait for the device is the one copy of what was chosen to the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -119,13 +119,18 @@ class Sampler:
             (row, token)
             for row, request in enumerate(requests)
             if self._must_go_on(request)
-            for token in {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self._eos_token_ids)}
+            for token in {*request.params.stop_token_ids, *self._ends_of(request)}
             if token < logits.shape[-1]  # others cannot be drawn
         ]
         if pairs:
             where, ids = zip(*pairs, strict=True)
             device = logits.device
             logits[_tensor(where, torch.int64, device), _tensor(ids, torch.int64, device)] = -torch.inf
+
+    def _ends_of(self, request: Request) -> Collection[int]:
+        if request.params.ignore_eos:
+            return ()
+        return self._eos_token_ids if request.tokens is None else request.tokens.eos_token_ids
 
     def _with_logprobs(
         self, logits: Tensor, tokens: Tensor, requests: Sequence[Request], rows: list[int]

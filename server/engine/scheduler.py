@@ -4,28 +4,25 @@ A step has a budget of tokens. Decodes come first (one token each), then prompts
 prompt longer than what is left is computed in chunks over several steps. Those that run are ordered by age; of those
 that wait, the one whose adapter has received least goes first (`fair_share.py`), and the older one among equals.
 
-A request is admitted when its adapter runs fewer requests than it may and has a slot, and the KV cache has blocks for
-all its tokens. Waiting for an adapter holds nobody else up (within the bound of `waiting.py`), nor does an adapter's
-own cap; waiting for blocks does, or a large prompt would never get in. When a decode needs a block and there is none,
-the youngest running request is preempted: it gives back blocks and slot, keeps its output and its adapter version, and
-is computed again (mostly from the prefix cache) when there is room.
+A request is admitted when each of its adapters runs fewer requests than it may, they have a slot, and the KV cache has
+blocks for all its tokens. Waiting for an adapter holds nobody else up (within the bound of `waiting.py`), nor does an
+adapter's own cap; waiting for blocks does, or a large prompt would never get in. When a decode needs a block and there
+is none, the youngest running request is preempted: it gives back blocks and slot, keeps its output and its adapter
+versions, and is computed again (mostly from the prefix cache) when there is room.
 
 Nobody starves. Let running requests be bounded by max_tokens. A request that runs ends or is preempted: a step computes
 a token of every decode and some of the oldest prompt under way, and only finitely many prompts are older than one. Take
-the oldest request B that has not ended.
+the oldest request B that has not ended, of the base, of one adapter or of several.
 1. B running is never preempted, except alone, and alone it fits (`check_fits`).
-2. B waiting, with as many requests of its adapter running as may: when one of them stops, B's lane is let in again,
-   before any other request of the adapter can be admitted.
-3. B waiting and competing (`waiting.py`): of its adapter's requests B is looked at first. So while B waits none of them
-   is admitted, those that run end, and B's counter stands still. Within `max_wait_s` it is set back to the floor. No
-   counter of those that compete is below the floor or ever comes there, and at the same counter the oldest goes first:
-   from now on B is looked at before everybody else. Either its adapter is not there (4), or nobody is admitted before B
-   has its blocks and a place among the running; those that run end, so it gets them.
-4. B waiting for its adapter is the oldest parked request, and after 2 x bound no request with an adapter is admitted
-   but B's. (Another version of B's adapter may be before that, and 2 hold for a while; the clock of the bound runs on.)
-   Those that run end, the reserved slot (below) is given back, and as in 3 B is soon looked at first in every pass:
-   its adapter is asked for, no other is, and by the promise of `AdapterPort` it comes. Should B lose it again because
-   requests of the base got its blocks, then B was not in front yet; it will be when its adapter comes once more.
+2. B waiting is the elder (`waiting.py`), and nobody becomes older: after `max_wait_s` it goes first, until it runs.
+   From then on no other request with one of its adapters is admitted. Those that run end, so none of its adapters is at
+   its cap any more (all at once, not one after the other), and B is looked at before everybody else in every pass,
+   parked or not: the oldest parked and the oldest untried lane are in each.
+3. B is looked at first and its slot is there: nobody is admitted before B has its blocks and a place among the running.
+   Those that run end, so it gets them.
+4. B is looked at first and its slot is not there: it is the oldest parked request, and after 2 x bound no request with
+   an adapter is admitted but B. Those that run end, the reserved slot (below) is given back, B's adapters are asked
+   for, no others are, and by the promise of `AdapterPort` its slot comes; then 3.
 When B ends, the next oldest is B. Ages never change, and only finitely many requests are older than any given one.
 
 The one request that has its adapter but waits for blocks keeps the activation (`_reserved`), so that its adapter cannot
@@ -95,12 +92,13 @@ class Scheduler:
 
     Args:
         blocks: the KV blocks, all of them the scheduler's.
-        adapters: activates versions.
+        adapters: activates adaptations.
         max_running: requests in a step at most, at least 1.
         token_budget: tokens in a step at most, at least max_running.
         limits_of: weight and cap by adapter id.
         starvation_bound_s: seconds a request may be blocked by its adapter before younger ones are held back.
-        max_wait_s: seconds an adapter may wait without an admission before its oldest request goes first.
+        max_wait_s: seconds an adapter may wait without an admission before it is set back to the others' counters, and
+            seconds after which the oldest request of all goes first.
         watermark: share of the blocks to leave for the growth of running requests when another one is admitted.
         max_adapter_tries: vain `try_activate` calls per step.
     """
@@ -230,7 +228,7 @@ class Scheduler:
                 raise IntegrityError(f"{request.request_id} of {request.adapter} runs in slot {request.slot}")
             if not request.num_computed_tokens < request.num_tokens:
                 raise IntegrityError(f"{request.request_id} runs with nothing left to compute")
-        running = Counter(request.adapter_id for request in self.running)
+        running = Counter(adapter_id for request in self.running for adapter_id in request.adapter_ids)
         if running != self._shares.running_by_adapter():
             raise IntegrityError(f"{dict(running)} run, {self._shares.running_by_adapter()} were counted")
         if self.blocks.stats().used != len({block for request in self.running for block in request.block_table}):
@@ -255,7 +253,7 @@ class Scheduler:
         return items
 
     def _take(self, request: Request, budget: int, items: list[ScheduledRequest]) -> int:
-        """Schedule as many of the request's uncomputed tokens as fit, and charge its adapter; returns how many."""
+        """Schedule as many of the request's uncomputed tokens as fit, and charge its adapters; returns how many."""
         start = request.num_computed_tokens
         num_tokens = min(budget, request.num_tokens - start)
         samples = start + num_tokens == request.num_tokens
@@ -314,14 +312,14 @@ class Scheduler:
     def _activate(self, lane: Lane, now: float) -> bool:
         """Make sure that the lane's head has a slot if it needs one; False if its adapter is not there."""
         request = lane.head
-        if lane.version is None or request.slot != NO_SLOT:
+        if lane.adaptation is None or request.slot != NO_SLOT:
             return True
-        slot = self._adapters.try_activate(lane.version)
+        slot = self._adapters.try_activate(lane.adaptation)
         if slot is None:
             self._waiting.park(lane, now)
             return False
         request.slot = slot
-        self._waiting.activated(lane.version)
+        self._waiting.activated(lane.adaptation)
         return True
 
     def _reserve(self, request: Request | None) -> None:

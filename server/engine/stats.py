@@ -24,7 +24,8 @@ class EngineStats:
 
     Attributes:
         running, waiting: requests now.
-        running_by_adapter, waiting_by_adapter: the same by adapter id, "" is the base; without zeros.
+        running_by_adapter, waiting_by_adapter: the same by adapter id, "" is the base; without zeros. Requests with
+            several adapters count for each of them.
         blocks: KV blocks by state, prefix cache counters.
         num_steps, num_preemptions: since start.
     """
@@ -40,7 +41,10 @@ class EngineStats:
 
 
 class EngineObserver(Protocol):
-    """Hears what happens, on the step thread; every call must be cheap. `adapter` is an adapter id, "" for the base."""
+    """Hears what happens, on the step thread; every call must be cheap.
+
+    `adapter` is an adapter id, "" for the base; where several answer together, their ids joined by "+".
+    """
 
     def on_admitted(self, adapter: str, queue_wait_s: float) -> None:
         """A request runs for the first time."""

@@ -4,7 +4,7 @@ One round (`step`): read the inbox, end what was aborted or ran out of time, let
 steps, schedule, run the model, sample, deliver. A step waits for the device once: for the copy of its sampled tokens.
 
 Every accepted request ends in `_end` or, when the loop itself fails, in `die`, and nowhere else: there its blocks, its
-slot and its adapter version are given back and its one terminal event is emitted.
+slot and its adapter versions are given back and its one terminal event is emitted.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from .deadlines import Deadlines
 from .errors import DeviceMemoryError, NonFiniteLogitsError
 from .inbox import Inbox
 from .output import Output, TextStreamFactory
-from .request import NO_SLOT, Event, Failed, Finished, Phase, Request
+from .request import Event, Failed, Finished, Phase, Request
 from .sampler import SampledToken, Sampler
 from .scheduler import Plan, ScheduledStep, Scheduler
 from .stats import EngineObserver, EngineState, EngineStats, SilentObserver
@@ -135,7 +135,7 @@ class StepLoop:
             self._fail(request, CancelledError("The client cancelled the request."))
         for version in news.dropped:
             self._scheduler.blocks.drop_adapter(version.digest)
-            for request in [request for request in self._outputs if request.adapter == version]:
+            for request in [request for request in self._outputs if _needs(request, version)]:
                 self._fail(request, _unloaded(version))
         if news.limits_changed:
             self._scheduler.refresh_limits()
@@ -145,10 +145,10 @@ class StepLoop:
     def _report(self, plan: Plan, now: float) -> None:
         """Tell the observer, and the requests that failed, what the scheduler did."""
         for request in plan.admitted:
-            self._observer_of(request).on_admitted(_adapter_id(request), now - request.arrival)
+            self._observer_of(request).on_admitted(request.adapter_id, now - request.arrival)
         for request in plan.preempted:
             self._num_preemptions += 1
-            self._observer_of(request).on_preempted(_adapter_id(request))
+            self._observer_of(request).on_preempted(request.adapter_id)
         for request, error in plan.failed:
             self._end(request, Failed(error))
 
@@ -164,9 +164,10 @@ class StepLoop:
         self._scheduler.complete(step)
         now = self._clock()
         self._num_steps += 1
-        num_adapters = len({item.request.slot for item in step.requests} - {NO_SLOT})
+        adaptations = {item.request.adapter for item in step.requests if item.request.adapter is not None}
+        num_adapters = len({version for adaptation in adaptations for version in adaptation.versions})
         self._observer.on_step(now - started, step.num_tokens, len(step.requests), num_adapters)
-        self._inbox.spend(Counter(request.adapter_id for request in sampling if request.capture is None))
+        self._inbox.spend(Counter(i for request in sampling if request.capture is None for i in request.adapter_ids))
         for request, token in zip(sampling, sampled, strict=True):
             self._deliver(request, token, now)
 
@@ -200,7 +201,7 @@ class StepLoop:
             self._fail(request, NonFiniteLogitsError("The model's output for this request was not a finite number."))
             return
         delta, finished = self._outputs[request].add(sampled)
-        adapter = _adapter_id(request)
+        adapter = request.adapter_id
         if request.first_token is None or request.last_token is None:
             request.first_token = now
             self._observer_of(request).on_first_token(adapter, now - request.arrival)
@@ -222,7 +223,7 @@ class StepLoop:
         del self._outputs[request]
         outcome = event.reason.value if isinstance(event, Finished) else event.error.reason.lower()
         self._observer_of(request).on_finished(
-            _adapter_id(request),
+            request.adapter_id,
             outcome,
             len(request.prompt_token_ids),
             request.num_cached_tokens,
@@ -269,7 +270,7 @@ class StepLoop:
             running=len(self._scheduler.running),
             waiting=num_waiting,
             blocks=self._scheduler.blocks.stats(),
-            running_by_adapter=dict(Counter(map(_adapter_id, self._scheduler.running))),
+            running_by_adapter=dict(Counter(i for request in self._scheduler.running for i in request.adapter_ids)),
             waiting_by_adapter=self._scheduler.count_waiting_by_adapter(),
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
@@ -277,11 +278,16 @@ class StepLoop:
 
 
 def _capture(logits: Tensor, sampling: Sequence[Request]) -> None:
-    """Hand the logits of first tokens to those who asked for them."""
+    """Hand the logits of first tokens to those who asked for them, without the ids that their vocabulary does not have.
+
+    Rows are as wide as the largest vocabulary of the step; what lies beyond a row's own is -inf.
+    """
     for row, request in enumerate(sampling):
         if request.capture is not None and not request.output_token_ids:
             with _logged("logits_not_captured", request):
-                request.capture(logits[row].to("cpu", torch.float32, copy=True))
+                captured = logits[row].to("cpu", torch.float32, copy=True)
+                known = (captured != -torch.inf).nonzero()
+                request.capture(captured[: int(known[-1]) + 1])
 
 
 @contextlib.contextmanager
@@ -293,8 +299,8 @@ def _logged(event: str, request: Request) -> Iterator[None]:
         log.exception(event, request_id=request.request_id)
 
 
-def _adapter_id(request: Request) -> str:
-    return request.adapter.adapter_id if request.adapter is not None else ""
+def _needs(request: Request, version: AdapterVersion) -> bool:
+    return request.adapter is not None and version in request.adapter.versions
 
 
 def _unloaded(version: AdapterVersion) -> AdapterUnloadedError:

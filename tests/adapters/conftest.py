@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.manager import AdapterManager
-from lorikeet.adapters.packing import PackedAdapter
+from lorikeet.adapters.modules import ModuleTable
+from lorikeet.adapters.packing import PackedAdapter, pack_adapter
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.adapters.state.state_dir import StateDir, open_state_dir
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .tiny_base import DenseWeights, describe_modules
+
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32, 48, 3, 4, 2
 HEAD_DIM = HIDDEN // HEADS
+VOCAB = 64
 
 Deltas = dict[str, Tensor]
 
@@ -34,7 +39,7 @@ def tiny_llama() -> LlamaForCausalLM:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        vocab_size=64,
+        vocab_size=VOCAB,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -53,6 +58,7 @@ def make_site_table(layers: int = LAYERS, hidden: int = HIDDEN) -> SiteTable:
         add(layer, "self_attn", "o_proj", hidden, o_proj=hidden)
         add(layer, "mlp", "gate_up_proj", hidden, gate_proj=INNER, up_proj=INNER)
         add(layer, "mlp", "down_proj", INNER, down_proj=hidden)
+    sites.append(Site(len(sites), "lm_head", -1, hidden, (Slice("lm_head", VOCAB),), is_head=True))
     return SiteTable(sites)
 
 
@@ -62,8 +68,31 @@ def sites() -> SiteTable:
 
 
 @pytest.fixture(scope="session")
+def modules(tiny_llama: LlamaForCausalLM) -> ModuleTable:
+    return describe_modules(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def weights(tiny_llama: LlamaForCausalLM) -> DenseWeights:
+    return DenseWeights(tiny_llama)
+
+
+@pytest.fixture(scope="session")
 def base() -> BaseFingerprint:
     return BaseFingerprint("tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def pack(
+    sites: SiteTable, modules: ModuleTable, weights: DenseWeights, base: BaseFingerprint
+) -> Callable[..., PackedAdapter]:
+    """pack(directory, dtype=float32, **kwargs): an adapter directory, read and packed."""
+
+    def load_and_pack(directory: Path, dtype: torch.dtype = torch.float32, **kwargs: bool) -> PackedAdapter:
+        checkpoint = load_checkpoint(directory, sites, modules, base)
+        return pack_adapter(checkpoint, sites, modules, weights, dtype=dtype, pin_memory=False, **kwargs)
+
+    return load_and_pack
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +122,22 @@ def save_adapter(tiny_llama: LlamaForCausalLM, peft_deltas: Callable[[Path], Del
             path = directory / "adapter_model.safetensors"
             save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
         return peft_deltas(directory)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_adapter_only(tiny_llama: LlamaForCausalLM) -> Callable[..., None]:
+    """save_adapter_only(config, directory, std=0.1): whatever PEFT trains is changed at random, and saved."""
+
+    def save(config: PeftConfig, directory: Path, std: float = 0.1) -> None:
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(tiny_llama), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape) * std)
+        model.save_pretrained(str(directory))
 
     return save
 
@@ -199,7 +244,9 @@ def clone_adapter(lora_dir: Path, edit_tensors: Callable[..., None]) -> Callable
 
 
 @pytest.fixture
-def make_manager(tmp_path: Path, sites: SiteTable, base: BaseFingerprint) -> Iterator[Callable[..., AdapterManager]]:
+def make_manager(
+    tmp_path: Path, sites: SiteTable, modules: ModuleTable, weights: DenseWeights, base: BaseFingerprint
+) -> Iterator[Callable[..., AdapterManager]]:
     """make_manager(**overrides): a started manager on the CPU; closed at the end of the test."""
     opened: list[AdapterManager | StateDir] = []
 
@@ -217,7 +264,7 @@ def make_manager(tmp_path: Path, sites: SiteTable, base: BaseFingerprint) -> Ite
             "drain_deadline_s": 60.0,
         }
         (tmp_path / "adapters").mkdir(exist_ok=True)
-        manager = AdapterManager(sites, base, **(arguments | overrides))  # type: ignore[arg-type]
+        manager = AdapterManager(sites, modules, weights, base, **(arguments | overrides))  # type: ignore[arg-type]
         opened.append(manager)
         manager.start()
         return manager

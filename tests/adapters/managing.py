@@ -66,7 +66,8 @@ def serve(manager, reference, routing_key=""):
 
 def slot_deltas(manager, slot, unpack):
     store = manager.store
-    tables = PackedAdapter(store.arena, store.site_offsets[:, slot], store.site_ranks[:, slot], None)
+    columns = [table[:, slot] for table in (store.site_offsets, store.site_ranks, store.site_affines)]
+    tables = PackedAdapter(store.arena, columns[0], columns[1], None, columns[2])
     return unpack(tables, data=store.arena)
 
 

@@ -15,12 +15,14 @@ from lorikeet.adapters.errors import ServingError
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.info import Tier
 from lorikeet.adapters.manager import AdapterManager
+from lorikeet.adapters.modules import Module, ModuleKind, ModuleTable
 from lorikeet.adapters.state.state_dir import open_state_dir
 
 SITES_FILE = "sites.pickle"
 IDS = ("ant", "bee", "cat")
 ALIASES = ("prod", "stage")
 NUM_VARIANTS = 5
+EMBEDDING = Module("model.embed_tokens", ModuleKind.EMBEDDING, {"weight": (64, 32)})
 
 
 def open_manager(directory, sites):
@@ -28,6 +30,8 @@ def open_manager(directory, sites):
     state = open_state_dir(directory / "durable", directory / "scratch", 2**24)
     manager = AdapterManager(
         sites,
+        ModuleTable({EMBEDDING.path: EMBEDDING}, EMBEDDING.path, "lm_head", is_tied=False, vocab_size=64),
+        None,  # plain LoRA asks nothing of the base's weights
         BaseFingerprint("tiny-llama"),
         dtype=torch.float32,
         device=torch.device("cpu"),

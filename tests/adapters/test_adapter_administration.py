@@ -188,7 +188,7 @@ def test_rollback_brings_back_what_was_unloaded_while_its_folder_is_there(manage
 def test_failed_load_after_an_unload_does_not_lose_the_version_before(manager, load_version, edit_config, lora_dir):
     digest = load_version(1)
     manager.unload("plain")
-    edit_config(lora_dir, use_dora=True)
+    edit_config(lora_dir, use_qalora=True)
     with pytest.raises(ServingError):
         manager.load("plain")
     manager.unload("plain")
@@ -211,7 +211,7 @@ def test_unload_twice(manager, load_version):
 
 
 def test_unload_of_a_failed_id_forgets_it(manager, lora_dir, edit_config):
-    edit_config(lora_dir, use_dora=True)
+    edit_config(lora_dir, use_qalora=True)
     with pytest.raises(ServingError):
         manager.load("plain")
     assert manager.get("plain").state is AdapterState.FAILED

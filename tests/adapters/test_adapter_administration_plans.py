@@ -136,12 +136,12 @@ def test_plan_refuses_what_the_load_refuses(make_manager, lora_dir, clone_adapte
     digest = manager.load("plain").digest
     manager.set_alias("prod", [("plain", 1.0)])
     edit_tensors(clone_adapter("zero"), lambda tensors: [t.zero_() for t in tensors.values()])
-    edit_config(clone_adapter("dora"), use_dora=True)
+    edit_config(clone_adapter("qalora"), use_qalora=True)
     edit_config(clone_adapter("foreign"), base_model_name_or_path="someone/other-model")
     (clone_adapter("broken") / "adapter_model.safetensors").write_bytes(b"nothing")
     cases = [
         ("zero", None, AdapterInvalidError),
-        ("dora", None, AdapterIncompatibleError),
+        ("qalora", None, AdapterIncompatibleError),
         ("foreign", None, AdapterIncompatibleError),
         ("broken", None, AdapterInvalidError),
         ("nope", None, AdapterNotFoundError),
@@ -157,7 +157,7 @@ def test_plan_refuses_what_the_load_refuses(make_manager, lora_dir, clone_adapte
         with pytest.raises(error) as loaded:
             manager.load(adapter_id, source)
         assert loaded.value.message == planned.value.message
-        if adapter_id in ("zero", "dora", "foreign", "broken"):
+        if adapter_id in ("zero", "qalora", "foreign", "broken"):
             manager.unload(adapter_id)
     with pytest.raises(AdapterMismatchError):
         manager.plan_load("plain", None, LoadOptions(expected_digest="0" * 64))

@@ -299,7 +299,7 @@ def test_ten_thousand_invented_names_leave_nothing_behind(make_manager, lora_dir
 
 def test_ids_invented_for_a_broken_folder_are_remembered_up_to_a_bound(make_manager, lora_dir, edit_config, tmp_path):
     manager = make_manager()
-    edit_config(lora_dir, use_dora=True)
+    edit_config(lora_dir, use_qalora=True)
     for i in range(MAX_FAILED + 50):
         with pytest.raises(AdapterIncompatibleError):
             manager.load(f"invented-{i}", "plain")

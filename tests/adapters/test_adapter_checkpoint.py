@@ -25,8 +25,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def load(sites, base):
-    return lambda directory, **kwargs: load_checkpoint(directory, sites, base, **kwargs)
+def load(sites, modules, base):
+    return lambda directory, **kwargs: load_checkpoint(directory, sites, modules, base, **kwargs)
 
 
 def write_raw(path, header, payload=b""):
@@ -50,10 +50,11 @@ def test_tensors_are_those_of_the_file(lora_dir, load):
     from safetensors.torch import load_file
 
     tensors = load_file(lora_dir / WEIGHTS)
-    module = load(lora_dir).modules["model.layers.1.mlp.down_proj"]
-    torch.testing.assert_close(
-        module.lora_a, tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"], rtol=0, atol=0
-    )
+    checkpoint = load(lora_dir)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items())
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    assert checkpoint.placement.lora["model.layers.1.mlp.down_proj"].lora_a.name == name
 
 
 def _rename(old, new):
@@ -90,7 +91,7 @@ SPOILED_TENSORS = {
         "the base has no linear 'layers",
     ),
     "dora_magnitude": (_add(f"{Q0}.lora_magnitude_vector", torch.ones(32)), "lora_magnitude_vector.*DoRA"),
-    "bias_of_base": (_add(f"{Q0}.base_layer.bias", torch.ones(32)), "bias.*shared base"),
+    "bias_of_base": (_add(f"{Q0}.base_layer.bias", torch.ones(32)), "bias.*is 'none' in the config"),
     "bias_of_lora_B": (_add(f"{Q0}.lora_B.bias", torch.ones(32)), "lora_B.bias.*bias"),
     "bias_of_named_lora_B": (_add(f"{Q0}.lora_B.default.bias", torch.ones(32)), "lora_B.default.bias.*bias"),
     "embedding_lora": (
@@ -102,23 +103,26 @@ SPOILED_TENSORS = {
             _add("base_model.model.lm_head.lora_A.weight", torch.ones(4, 32))(t),
             _add("base_model.model.lm_head.lora_B.weight", torch.ones(64, 4))(t),
         ),
-        "lm_head.*output head",
+        r"lm_head.*target_modules does not name",
     ),
     "extended_vocabulary": (
         _add("base_model.model.model.embed_tokens.weight", torch.ones(70, 32)),
-        "embed_tokens.weight.*vocabulary extended",
+        "embed_tokens.weight.*rows for 70 tokens and the head for 64",
     ),
-    "extended_head": (_add("base_model.model.lm_head.weight", torch.ones(70, 32)), "lm_head.weight.*vocabulary"),
+    "extended_head": (
+        _add("base_model.model.lm_head.weight", torch.ones(70, 32)),
+        "lm_head.weight.*and the head for 70",
+    ),
     "modules_to_save": (
         _add("base_model.model.score.modules_to_save.default.weight", torch.ones(2, 32)),
-        "modules_to_save.*whole module",
+        "modules_to_save.*the base has no module 'score'",
     ),
     "trainable_tokens": (
         _add("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(2, 32)),
-        "trainable_tokens_delta.*token embeddings",
+        "trainable_tokens_delta.*does not name tokens",
     ),
     "adalora_tensor_in_lora": (_add(f"{Q0}.lora_E", torch.ones(4, 1)), "lora_E.*AdaLoRA"),
-    "other_method": (_add(f"{Q0}.vera_lambda_b", torch.ones(4)), "vera_lambda_b.*neither"),
+    "other_method": (_add(f"{Q0}.vera_lambda_b", torch.ones(4)), "vera_lambda_b.*no tensor of a format"),
     "two_adapters_in_one_file": (
         _add(f"{Q0}.lora_A.second.weight", torch.ones(4, 32)),
         "both lora_A of the same module",
@@ -147,26 +151,26 @@ def test_spoiled_tensor_is_refused_by_name(change, message, lora_dir, edit_tenso
 def test_layers_to_transform_explains_missing_tensors(lora_dir, edit_tensors, edit_config, load):
     edit_tensors(lora_dir, lambda t: [t.pop(n) for n in list(t) if "layers.0" not in n])
     edit_config(lora_dir, layers_to_transform=[0])
-    assert len(load(lora_dir).modules) == 2
+    assert len(load(lora_dir).placement.lora) == 2
 
 
 def test_target_that_the_base_lacks_altogether_is_no_error(lora_dir, edit_config, load):
     edit_config(lora_dir, target_modules=["q_proj", "down_proj", "c_attn"])
-    assert len(load(lora_dir).modules) == 6
+    assert len(load(lora_dir).placement.lora) == 6
 
 
 def test_null_target_modules_takes_what_the_file_has(lora_dir, edit_config, load):
     edit_config(lora_dir, target_modules=None)
-    assert len(load(lora_dir).modules) == 6
+    assert len(load(lora_dir).placement.lora) == 6
 
 
-def test_other_base_is_named_when_shapes_do_not_fit(lora_dir, edit_config):
+def test_other_base_is_named_when_shapes_do_not_fit(lora_dir, edit_config, modules):
     other = SiteTable(
         [Site(0, "model.layers.0.self_attn.q_proj", 0, 64, (Slice("model.layers.0.self_attn.q_proj", 64),))]
     )
     edit_config(lora_dir, base_model_name_or_path="meta-llama/Llama-3-8B", target_modules=None)
     with pytest.raises(AdapterIncompatibleError, match=r"trained for 'llama-3-8b'; this server's base is 'smollm2'"):
-        load_checkpoint(lora_dir, other, BaseFingerprint("/models/SmolLM2"))
+        load_checkpoint(lora_dir, other, modules, BaseFingerprint("/models/SmolLM2"))
 
 
 @pytest.mark.parametrize(
@@ -334,8 +338,8 @@ def test_error_messages_never_show_where_a_root_lies(lora_dir, load, edit_tensor
         assert str(lora_dir.parent) not in error.value.message
 
 
-def test_inspection_reports_a_good_adapter(lora_dir, sites, base, load):
-    result = inspect_directory(lora_dir, sites, base)
+def test_inspection_reports_a_good_adapter(lora_dir, sites, modules, base, load):
+    result = inspect_directory(lora_dir, sites, modules, base)
     assert result.problem is None and result.checked_against_base
     assert result.digest == load(lora_dir).digest
     assert result.num_tensors == 12
@@ -347,10 +351,10 @@ def test_inspection_without_a_base_checks_the_files_alone(lora_dir):
     assert result.problem is None and not result.checked_against_base and result.report is not None
 
 
-def test_inspection_reports_a_bad_adapter_with_what_it_found(lora_dir, sites, edit_tensors):
+def test_inspection_reports_a_bad_adapter_with_what_it_found(lora_dir, sites, modules, edit_tensors):
     edit_tensors(lora_dir, _set(f"{Q0}.lora_A.weight", float("nan")))
-    result = inspect_directory(lora_dir, sites)
+    result = inspect_directory(lora_dir, sites, modules)
     assert result.problem is not None and "not finite" in result.problem.message
     assert result.report is not None and result.digest
     (lora_dir / WEIGHTS).unlink()
-    assert inspect_directory(lora_dir, sites).report is None
+    assert inspect_directory(lora_dir, sites, modules).report is None

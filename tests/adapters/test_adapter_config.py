@@ -9,7 +9,7 @@ from lorikeet.adapters.config_fields import DEFAULT_ONLY, IGNORED, SERVED
 from lorikeet.adapters.errors import AdapterIncompatibleError, AdapterInvalidError
 from lorikeet.adapters.patterns import TargetMatcher, compile_pattern
 from lorikeet.adapters.scaling import resolve_scaling
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig, LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
@@ -26,7 +26,7 @@ def parse(**changes):
     return parse_config(json.dumps(raw).encode())
 
 
-@pytest.mark.parametrize("cls", [LoraConfig, AdaLoraConfig])
+@pytest.mark.parametrize("cls", [LoraConfig, AdaLoraConfig, TrainableTokensConfig, LNTuningConfig])
 def test_every_field_of_the_installed_peft_is_classified(cls):
     fields = {field.name for field in dataclasses.fields(cls)}
     assert not fields - SERVED - IGNORED.keys() - DEFAULT_ONLY.keys(), "new PEFT fields: say what happens to them"
@@ -39,8 +39,15 @@ def test_no_field_is_classified_twice():
 
 @pytest.mark.parametrize(
     "config",
-    [LoraConfig(), AdaLoraConfig(total_step=1), LoraConfig(init_lora_weights="eva"), LoraConfig(modules_to_save=[])],
-    ids=["lora", "adalora", "eva", "empty_modules_to_save"],
+    [
+        LoraConfig(),
+        AdaLoraConfig(total_step=1),
+        LoraConfig(init_lora_weights="eva"),
+        LoraConfig(modules_to_save=[]),
+        TrainableTokensConfig(token_indices=[3]),
+        LNTuningConfig(),
+    ],
+    ids=["lora", "adalora", "eva", "empty_modules_to_save", "trainable_tokens", "ln_tuning"],
 )
 def test_defaults_of_peft_are_served(config, tmp_path):
     config.save_pretrained(tmp_path)
@@ -48,14 +55,8 @@ def test_defaults_of_peft_are_served(config, tmp_path):
 
 
 REFUSED = {
-    "use_dora": True,
-    "modules_to_save": ["score"],
-    "bias": "all",
-    "lora_bias": True,
-    "fan_in_fan_out": True,
     "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "megatron_config": {"tensor_parallel": 2},
     "runtime_config": {"ephemeral_gpu_offload": True},
@@ -87,6 +88,26 @@ def test_unserved_setting_is_refused_by_name(key, value):
 def test_base_changing_init_is_refused_by_name(init):
     with pytest.raises(AdapterIncompatibleError, match="init_lora_weights"):
         parse(init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "olora", "corda", "lora_ga"])
+def test_what_peft_can_convert_is_refused_with_the_call_that_does(init):
+    with pytest.raises(AdapterIncompatibleError, match="path_initial_model_for_weight_conversion"):
+        parse(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"use_dora": True, "lora_bias": True}, "use_dora"),
+        ({"use_dora": True, "peft_type": "ADALORA"}, "use_dora"),
+        ({"token_indices": [1]}, "token_indices"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused_by_name(changes, key):
+    with pytest.raises(AdapterIncompatibleError, match=key) as error:
+        parse(**changes)
+    assert error.value.metadata == {"field": key}
 
 
 @pytest.mark.parametrize("init", [None, True, False, "gaussian", "eva", "orthogonal", "mica"])
@@ -147,6 +168,16 @@ def test_config_that_is_not_a_peft_config_is_invalid(data):
         {"layers_to_transform": -1},
         {"target_modules": ".*q_proj", "layers_to_transform": [1]},
         {"base_model_name_or_path": 3},
+        {"bias": "some"},
+        {"bias": True},
+        {"use_dora": 1},
+        {"modules_to_save": 3},
+        {"modules_to_save": [""]},
+        {"trainable_token_indices": "x"},
+        {"trainable_token_indices": [-1]},
+        {"trainable_token_indices": [1, 2, 1]},
+        {"trainable_token_indices": {"embed_tokens": [True]}},
+        {"trainable_token_indices": {"embed_tokens": 3}},
         {"peft_type": "ADALORA", "rank_pattern": {Q0: [True]}},
         {"peft_type": "ADALORA", "rank_pattern": {f"{Q0}.lora_E": 3}},
     ],

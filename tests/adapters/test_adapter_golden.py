@@ -91,7 +91,7 @@ def test_file_of_another_version_is_refused_with_the_remedy(tmp_path):
 
 def test_file_for_another_vocabulary_is_refused(tmp_path):
     write_golden(tmp_path, random_golden())
-    with pytest.raises(AdapterInvalidError, match=rf"vocabulary of {VOCAB}; the base has 512.*org/base"):
+    with pytest.raises(AdapterInvalidError, match=rf"vocabulary of {VOCAB}; here it is 512.*org/base"):
         read_golden(tmp_path, digest=DIGEST, vocab_size=512)
 
 

@@ -29,18 +29,18 @@ def golden_for(digest: str, vocab_size: int = VOCAB) -> Golden:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_norms_are_those_of_what_peft_adds(name, dtype, tmp_path, save_adapter, sites):
+def test_norms_are_those_of_what_peft_adds(name, dtype, tmp_path, save_adapter, sites, modules):
     deltas = save_adapter(CONFIGS[name], tmp_path, seed=secrets.randbits(31), dtype=dtype)
-    found = inspect_directory(tmp_path, sites)
+    found = inspect_directory(tmp_path, sites, modules)
     assert found.problem is None and found.warnings == ()
     assert found.modules.keys() == deltas.keys()
     for module, delta in deltas.items():
         assert found.modules[module].delta_norm == pytest.approx(delta.double().norm().item(), rel=1e-4)
 
 
-def test_untrained_module_is_a_warning_by_name(lora_dir, sites, edit_tensors):
+def test_untrained_module_is_a_warning_by_name(lora_dir, sites, modules, edit_tensors):
     edit_tensors(lora_dir, lambda tensors: tensors[f"{Q0}.lora_B.weight"].zero_())
-    found = inspect_directory(lora_dir, sites)
+    found = inspect_directory(lora_dir, sites, modules)
     assert found.problem is None
     assert found.modules["model.layers.0.self_attn.q_proj"].delta_norm == 0.0
     assert found.warnings == (
@@ -49,9 +49,9 @@ def test_untrained_module_is_a_warning_by_name(lora_dir, sites, edit_tensors):
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_zero_delta_is_refused_with_and_without_a_base(with_base, lora_dir, sites, edit_tensors):
+def test_zero_delta_is_refused_with_and_without_a_base(with_base, lora_dir, sites, modules, edit_tensors):
     edit_tensors(lora_dir, lambda tensors: [t.zero_() for name, t in tensors.items() if "lora_B" in name])
-    found = inspect_directory(lora_dir, sites if with_base else None)
+    found = inspect_directory(lora_dir, *((sites, modules) if with_base else ()))
     assert isinstance(found.problem, AdapterInvalidError) and "zero everywhere" in found.problem.message
 
 
@@ -61,43 +61,43 @@ def test_infinity_is_found_without_a_base(lora_dir, edit_tensors):
     assert problem is not None and "not finite" in problem.message and "q_proj" in problem.message
 
 
-def test_value_that_scaling_makes_too_large_is_found_with_a_base(lora_dir, sites, edit_tensors, edit_config):
+def test_value_that_scaling_makes_too_large_is_found_with_a_base(lora_dir, sites, modules, edit_tensors, edit_config):
     edit_config(lora_dir, lora_alpha=1e15)
     edit_tensors(lora_dir, lambda tensors: tensors[f"{Q0}.lora_B.weight"].fill_(1e30))
-    problem = inspect_directory(lora_dir, sites).problem
+    problem = inspect_directory(lora_dir, sites, modules).problem
     assert isinstance(problem, AdapterIncompatibleError) and "q_proj" in problem.message
 
 
-def test_other_base_is_a_problem_a_warning_or_neither(lora_dir, sites, edit_config):
+def test_other_base_is_a_problem_a_warning_or_neither(lora_dir, sites, modules, edit_config):
     edit_config(lora_dir, base_model_name_or_path="org/one")
-    assert inspect_directory(lora_dir, sites, BaseFingerprint("org/one")).warnings == ()
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("org/two"))
+    assert inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/one")).warnings == ()
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/two"))
     assert isinstance(found.problem, AdapterIncompatibleError) and not found.checked_against_base
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("org/two"), allow_other_base=True)
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/two"), allow_other_base=True)
     assert found.problem is None and "org/two" in found.warnings[0] and found.checked_against_base
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("/models/two", certain=False))
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("/models/two", certain=False))
     assert found.problem is None and "names of the bases differ" in found.warnings[0]
 
 
-def test_hash_of_the_card_is_compared(lora_dir, sites):
+def test_hash_of_the_card_is_compared(lora_dir, sites, modules):
     ours, other = secrets.token_hex(32), secrets.token_hex(32)
     (lora_dir / CARD_FILE).write_text(f"---\n{HASH_KEY}: {ours}\n---\n")
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("org/any", sha256=ours))
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/any", sha256=ours))
     assert found.problem is None and found.card.base_model_sha256 == ours
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("org/any", sha256=other))
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/any", sha256=other))
     assert found.problem is not None and other in found.problem.message
     (lora_dir / CARD_FILE).write_text(f"---\n{HASH_KEY}: what?\n---\n")
-    found = inspect_directory(lora_dir, sites, BaseFingerprint("org/any", sha256=other))
+    found = inspect_directory(lora_dir, sites, modules, BaseFingerprint("org/any", sha256=other))
     assert found.problem is None and "64 hex digits" in found.warnings[0]
 
 
-def test_golden_file_is_checked(lora_dir, sites):
+def test_golden_file_is_checked(lora_dir, sites, modules):
     digest = inspect_directory(lora_dir, None).digest
     write_golden(lora_dir, golden_for(digest))
-    found = inspect_directory(lora_dir, sites, vocab_size=VOCAB)
+    found = inspect_directory(lora_dir, sites, modules, vocab_size=VOCAB)
     assert found.problem is None and found.golden is not None and found.golden.prompts == ((1, 2),)
     assert found.digest == digest  # it is no part of the version
-    assert "vocabulary of 64; the base has 99" in str(inspect_directory(lora_dir, sites, vocab_size=99).problem)
+    assert "vocabulary of 64" in str(inspect_directory(lora_dir, sites, modules, vocab_size=99).problem)
     write_golden(lora_dir, golden_for(secrets.token_hex(32)))
     found = inspect_directory(lora_dir, None)
     assert found.problem is not None and "lorikeet adapters golden" in found.problem.message and found.golden is None

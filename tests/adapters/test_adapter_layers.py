@@ -1,58 +1,111 @@
-"""LoraBatch and LoraLinear: right rows, right slices, nothing launched where nothing is adapted."""
+"""LoraBatch and LoraLinear: right rows, right slices, right order; nothing launched where nothing is adapted."""
+
+import copy
 
 import pytest
 import torch
 from lorikeet.adapters import layers
 from lorikeet.adapters.device_store import DeviceStore
-from lorikeet.adapters.layers import LoraBatch, LoraLinear
-from lorikeet.adapters.packing import PackedAdapter
-from lorikeet.adapters.report import AdapterReport
+from lorikeet.adapters.layers import LoraLinear
+from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from torch import nn
 
-K, WIDTHS = 8, (6, 2, 4)
+from .hand_made import HandMade
+
+K, WIDTHS, VOCAB = 8, (6, 2, 4), 13
 QKV = Site(0, "l.0.qkv", 0, K, tuple(Slice(f"l.0.{n}", w) for n, w in zip("qkv", WIDTHS, strict=True)))
 OUT = Site(1, "l.0.o", 0, 6, (Slice("l.0.o", K),))
-TABLE = SiteTable([QKV, OUT])
+HEAD = Site(2, "head", -1, K, (Slice("head", VOCAB),), is_head=True)
+TABLE = SiteTable([QKV, OUT, HEAD])
+# fp32, sums of at most 8 products
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def make_packed(ranks, seed):
-    """An adapter of these ranks per site and slice ((q, k, v), (o,)), with its dense deltas."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks, offsets, deltas, end = [], [], [], 0
-    for site, site_ranks in zip(TABLE.sites, ranks, strict=True):
-        factors = [
-            (torch.randn(r, site.in_features, generator=generator), torch.randn(r, p.out_features, generator=generator))
-            for r, p in zip(site_ranks, site.slices, strict=True)
-        ]
-        deltas.append(torch.cat([b.t() @ a for a, b in factors]))
-        offsets.append(end if sum(site_ranks) else -1)
-        blocks += [a.flatten() for a, _ in factors] + [b.flatten() for _, b in factors]
-        end = sum(b.numel() for b in blocks)
-    padded = torch.tensor([[*r, *[0] * (3 - len(r))] for r in ranks], dtype=torch.int32)
-    packed = PackedAdapter(torch.cat(blocks), torch.tensor(offsets), padded, AdapterReport("LoRA", "", 1, 1, {}))
-    return packed, deltas
+COMPOSITIONS = {
+    8: ((0, 0.7),),
+    9: ((0, 0.3), (2, 0.7)),
+    10: ((2, 0.0), (1, -1.5)),
+    11: ((0, 1.0), (1, 1.0), (2, 1.0)),
+    12: ((0, -0.25), (3, 1.0)),  # an affine in the second pass
+    13: ((6, 1.0), (2, 0.5)),  # 2 does not change what 6 has of its own
+}
+
+
+def make_adapters():
+    """Of different slices and ranks, without and with affines and weights of their own; by slot."""
+    own = torch.randn(2, K), torch.randn(2)
+    return [
+        HandMade(TABLE, 0).lora(2, "l.0.q").lora(3, "l.0.v").lora(1, "l.0.o"),
+        HandMade(TABLE, 1).lora(4, "l.0.o", "head"),
+        HandMade(TABLE, 2).lora(1, "l.0.q").lora(5, "l.0.k").lora(2, "l.0.v"),
+        HandMade(TABLE, 3).affine("l.0.k", "head").lora(3, "l.0.k", "l.0.v", "head"),
+        HandMade(TABLE, 4).affine("l.0.o"),
+        HandMade(TABLE, 5).weight("l.0.k", weight=own[0], bias=own[1]).lora(2, "l.0.q"),
+        HandMade(TABLE, 6).weight("l.0.o", weight=torch.randn(K, 6)).affine("l.0.v"),
+    ]
+
+
+class World:
+    """A store with the adapters, a batch, the LoRA linears, and for each mix of adapters the same in plain linears."""
+
+    def __init__(self, dtype=torch.float32):
+        torch.manual_seed(0)
+        self.store = DeviceStore(TABLE, dtype, torch.device("cpu"), 2**16, 8)
+        self.adapters = make_adapters()
+        assert [self.store.install(adapter.pack(dtype)) for adapter in self.adapters] == list(range(7))
+        self.batch = LoraBatch(self.store, max_tokens=64, max_segments=8)
+        bases = [nn.Linear(s.in_features, s.out_features, dtype=dtype).requires_grad_(False) for s in TABLE.sites]
+        self.linears = [LoraLinear(base, site, self.batch) for base, site in zip(bases, TABLE.sites, strict=True)]
+
+    def reference(self, site, members):
+        """The site's linear, changed by ((slot, weight), ...) in fp32: a function of rows."""
+        parts = {}
+        base = self.linears[site.index].base
+        column = 0
+        for piece in site.slices:
+            linear = nn.Linear(site.in_features, piece.out_features).requires_grad_(False)
+            linear.weight.copy_(base.weight[column : column + piece.out_features])
+            linear.bias.copy_(base.bias[column : column + piece.out_features])
+            parts[piece.module] = linear
+            column += piece.out_features
+        unused = nn.Linear(1, 1)
+        for slot, weight in members:
+            adapter = copy.deepcopy(self.adapters[slot])
+            for changes in (adapter.factors, adapter.affines, adapter.weights):
+                for module in set(changes) - set(parts):
+                    del changes[module]
+            adapter.apply(lambda module: parts.get(module, unused), weight)
+        return lambda x: torch.cat([linear(x.float()) for linear in parts.values()], dim=-1)
+
+    def check(self, segments, sampled=None, expand=COMPOSITIONS.__getitem__, *, close=CLOSE):
+        """Run every site on random rows and compare each row with the reference of its members."""
+        self.batch.prepare(segments, sampled, expand)
+        for site, linear in zip(TABLE.sites, self.linears, strict=True):
+            rows = [slot for slot, n in (sampled if site.is_head and sampled else segments) for _ in range(n)]
+            x = torch.randn(1, len(rows), site.in_features, dtype=linear.base.weight.dtype)
+            y, plain = linear(x), linear.base(x)
+            assert y.shape == plain.shape and y.dtype == plain.dtype
+            for t, slot in enumerate(rows):
+                if slot < 0:
+                    assert torch.equal(y[0, t], plain[0, t])
+                    continue
+                members = ((slot, 1.0),) if slot < self.store.max_slots else expand(slot)
+                want = self.reference(site, members)(x[0, t])
+                torch.testing.assert_close(y[0, t].float(), want, msg=lambda m, s=slot: f"slot {s}: {m}", **close)
 
 
 @pytest.fixture
 def world():
-    """A store with three adapters, a batch, and the two LoRA linears."""
-    torch.manual_seed(0)
-    store = DeviceStore(TABLE, torch.float32, torch.device("cpu"), 2**16, 8)
-    deltas = {}
-    for seed, ranks in enumerate([((2, 0, 3), (1,)), ((0, 0, 0), (4,)), ((1, 5, 2), (0,))]):
-        packed, delta = make_packed(ranks, seed)
-        deltas[store.install(packed)] = delta
-    batch = LoraBatch(store, max_tokens=64, max_segments=8)
-    linears = [LoraLinear(nn.Linear(s.in_features, s.out_features), s, batch) for s in TABLE.sites]
-    return store, batch, linears, deltas
+    with torch.inference_mode():
+        yield World()
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the LoRA operators that were launched."""
     calls = []
-    for name in ("lora_shrink", "lora_expand_"):
+    for name in ("lora_shrink", "lora_expand_", "lora_affine_"):
         original = getattr(layers.lora, name)
         monkeypatch.setattr(
             layers.lora, name, lambda *args, _name=name, _call=original: (calls.append(_name), _call(*args))[1]
@@ -61,93 +114,145 @@ def launches(monkeypatch):
 
 
 MIXES = {
-    "each_adapter": [(0, 2), (1, 3), (2, 1)],
-    "with_base": [(-1, 4), (2, 2), (0, 1)],
-    "base_between": [(1, 1), (-1, 2), (0, 2)],
-    "slot_in_two_segments": [(2, 1), (0, 1), (2, 3)],
-    "one_token": [(2, 1)],
-    "empty_segments": [(0, 0), (-1, 1), (2, 0), (1, 2)],
+    "each_adapter": [(0, 2), (1, 3), (2, 1), (3, 2), (4, 1), (5, 4), (6, 1)],
+    "plain_ones": [(0, 2), (1, 3), (2, 1)],
+    "with_base": [(-1, 4), (2, 2), (3, 1), (5, 1)],
+    "base_between": [(1, 1), (-1, 2), (0, 2), (-1, 1), (6, 2)],
+    "slot_in_two_segments": [(2, 1), (5, 1), (2, 3), (5, 2)],
+    "one_token": [(5, 1)],
+    "empty_segments": [(0, 0), (-1, 1), (2, 0), (3, 2)],
 }
 
 
 @pytest.mark.parametrize("segments", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("site", [0, 1], ids=["stacked", "single"])
-@torch.inference_mode()
-def test_mixed_batch_equals_dense_deltas_row_by_row(segments, site, world):
-    _, batch, linears, deltas = world
-    rows = [slot for slot, n in segments for _ in range(n)]
-    x = torch.randn(1, len(rows), TABLE.sites[site].in_features)
-    batch.prepare(segments)
-    y = linears[site](x)
-    plain = linears[site].base(x)
-    for t, slot in enumerate(rows):
-        if slot < 0:
-            assert torch.equal(y[0, t], plain[0, t])
-        else:
-            torch.testing.assert_close(y[0, t], plain[0, t] + x[0, t] @ deltas[slot][site].t(), rtol=1e-5, atol=1e-5)
-    assert y.shape == plain.shape
+def test_mixed_batch_equals_changed_linears_row_by_row(segments, world):
+    world.check(segments)
+
+
+@pytest.mark.parametrize(
+    "sampled", [[(3, 1)], [(-1, 2), (1, 1), (3, 1)], [(-1, 1), (0, 2)]], ids=["one", "some", "not_adapted"]
+)
+def test_head_knows_only_the_rows_that_it_computes(sampled, world):
+    world.check([(-1, 9), (0, 5), (1, 4), (3, 7)], sampled)
+
+
+def test_bf16_is_within_its_rounding():
+    """bf16: values of a few units, 8 bits of mantissa, rounded by the base, the affine and each expand."""
+    with torch.inference_mode():
+        World(torch.bfloat16).check(MIXES["each_adapter"], close={"rtol": 2e-2, "atol": 4e-2})
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [(8, 2)],
+        [(-1, 2), (9, 3)],
+        [(-1, 1), (0, 2), (2, 1), (8, 1), (9, 2), (10, 3), (11, 1)],
+        [(1, 20), (11, 17), (12, 2)],
+        [(5, 1), (12, 3), (13, 2)],
+    ],
+    ids=["strength", "two", "all_with_plain_and_base", "long", "with_affines_and_weights"],
+)
+def test_composition_is_the_weighted_sum_of_its_members(segments, world):
+    world.check(segments)
+    world.check(segments, [(slot, 1) for slot, _ in segments])
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_composition_of_up_to_eight(count):
+    with torch.inference_mode():
+        world = World()
+        world.store = DeviceStore(TABLE, torch.float32, torch.device("cpu"), 2**16, 9)
+        world.adapters = [HandMade(TABLE, 20 + i).lora(i + 1, "l.0.q", "l.0.o", "head") for i in range(9)]
+        for adapter in world.adapters:
+            world.store.install(adapter.pack())
+        world.batch = LoraBatch(world.store, max_tokens=64, max_segments=8)
+        world.linears = [LoraLinear(linear.base, linear.site, world.batch) for linear in world.linears]
+        members = {9: tuple((i, (-1) ** i * 0.4 * i) for i in range(count))}
+        world.check([(-1, 1), (8, 2), (9, 4)], expand=members.__getitem__)
+
+
+def test_plain_batch_is_one_pass_without_weights(world):
+    world.batch.prepare([(-1, 1), (0, 2), (2, 1)], [(0, 1)], COMPOSITIONS.__getitem__)
+    (only,) = world.batch.passes
+    assert only.flat.weights is None and only.affines is None and not world.batch.own.by_module
+    world.batch.prepare([(-1, 1), (11, 2)], None, COMPOSITIONS.__getitem__)
+    assert [each.flat.weights for each in world.batch.passes] == [None, None, None]
+
+
+def test_passes_cover_the_rows_that_have_so_many_members(world):
+    expand = {8: ((0, 0.5), (1, 0.25)), 9: ((0, 0.5),)}.__getitem__
+    world.batch.prepare([(-1, 3), (0, 2), (8, 4), (9, 1)], None, expand)
+    first, second = world.batch.passes
+    assert first.flat.starts.tolist() == [0, 3, 5, 10] and first.flat.slots.tolist() == [-1, 0, 0]
+    assert first.flat.weights.tolist() == [1.0, 1.0, 0.5]
+    assert second.flat.starts.tolist() == [0, 5, 9, 10] and second.flat.slots.tolist() == [-1, 1, -1]
+    assert second.flat.weights.tolist() == [1.0, 0.25, 1.0]
+    assert second.max_ranks == [0, 4, 4]
 
 
 def test_base_batch_launches_nothing_and_is_the_base(world, launches):
-    _, batch, linears, _ = world
-    batch.prepare([(1, 2)])
-    batch.prepare([(-1, 5)])
+    world.batch.prepare([(1, 2)])
+    world.batch.prepare([(-1, 5)])
     x = torch.randn(5, K)
-    assert not batch.active
-    assert torch.equal(linears[0](x), linears[0].base(x))
+    assert not world.batch.passes
+    assert torch.equal(world.linears[0](x), world.linears[0].base(x))
     assert launches == []
 
 
 def test_site_that_no_adapter_of_the_batch_adapts_launches_nothing(world, launches):
-    _, batch, linears, _ = world
-    batch.prepare([(1, 3)])  # rank 0 on the stacked site
-    linears[0](torch.randn(3, K))
+    world.batch.prepare([(1, 3)])  # not on the stacked site
+    world.linears[0](torch.randn(3, K))
     assert launches == []
-    linears[1](torch.randn(3, 6))
+    world.linears[1](torch.randn(3, 6))
     assert launches == ["lora_shrink", "lora_expand_"]
 
 
+def test_affine_is_launched_where_one_is(world, launches):
+    world.batch.prepare([(1, 2), (4, 1)])
+    world.linears[0](torch.randn(3, K))
+    assert launches == []
+    world.linears[1](torch.randn(3, 6))
+    assert launches == ["lora_affine_", "lora_shrink", "lora_expand_"]
+
+
 def test_batch_before_any_prepare_is_the_base(world, launches):
-    _, _, linears, _ = world
-    linears[0](torch.randn(2, K))
+    world.linears[0](torch.randn(2, K))
     assert launches == []
 
 
 def test_max_rank_is_of_this_batch_only(world):
-    _, batch, _, _ = world
-    batch.prepare([(0, 1), (2, 1)])
-    assert batch.max_ranks == [8, 1]
-    batch.prepare([(0, 1)])
-    assert batch.max_ranks == [5, 1]
+    world.batch.prepare([(0, 1), (2, 1)])
+    assert world.batch.passes[0].max_ranks == [8, 1, 0]
+    world.batch.prepare([(0, 1)])
+    assert world.batch.passes[0].max_ranks == [5, 1, 0]
 
 
 def test_prepare_fills_preallocated_tensors(world):
-    _, batch, _, _ = world
     pointers = set()
-    for segments in ([(0, 2), (1, 3)], [(-1, 3), (4, 5), (0, 2)]):
-        batch.prepare(segments)
-        pointers.add((batch.seg_starts.data_ptr(), batch.seg_slots.data_ptr()))
+    for segments in ([(0, 2), (1, 3)], [(-1, 3), (4, 5), (8, 2)]):
+        world.batch.prepare(segments, None, COMPOSITIONS.__getitem__)
+        flat = world.batch.passes[0].flat
+        pointers.add((flat.starts.data_ptr(), flat.slots.data_ptr()))
     assert len(pointers) == 1
-    assert batch.seg_starts.tolist() == [0, 3, 8, 10] and batch.seg_slots.tolist() == [-1, 4, 0]
-    assert batch.seg_starts.dtype is batch.seg_slots.dtype is torch.int32
+    assert flat.starts.tolist() == [0, 3, 8, 10] and flat.slots.tolist() == [-1, 4, 0]
+    assert flat.starts.dtype is flat.slots.dtype is torch.int32 and flat.weights.dtype is torch.float32
 
 
 def test_neighbouring_segments_of_a_slot_become_one(world):
-    _, batch, _, _ = world
-    batch.prepare([(-1, 1), (-1, 2), (2, 1), (0, 0), (2, 4)])
-    assert batch.seg_starts.tolist() == [0, 3, 8] and batch.seg_slots.tolist() == [-1, 2]
+    world.batch.prepare([(-1, 1), (-1, 2), (2, 1), (0, 0), (2, 4)])
+    flat = world.batch.passes[0].flat
+    assert flat.starts.tolist() == [0, 3, 8] and flat.slots.tolist() == [-1, 2]
 
 
 def test_full_batch_of_segments_fits(world):
-    _, batch, _, _ = world
-    batch.prepare([(i % 3, 8) for i in range(8)])
-    assert batch.seg_slots.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    world.batch.prepare([(i % 3, 8) for i in range(8)])
+    assert world.batch.passes[0].flat.slots.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def test_compaction_is_seen_by_the_layers(world):
-    store, batch, linears, deltas = world
-    store.remove(0)
-    assert store.compact() > 0
-    batch.prepare([(2, 3)])
-    x = torch.randn(3, K)
-    torch.testing.assert_close(linears[0](x), linears[0].base(x) + x @ deltas[2][0].t(), rtol=1e-5, atol=1e-5)
+def test_compaction_between_steps_is_seen_by_the_layers(world):
+    world.check(MIXES["each_adapter"])
+    world.store.remove(0)
+    world.store.remove(2)
+    assert world.store.compact() > 0
+    world.check([(-1, 1), (1, 3), (3, 2), (5, 2), (6, 1)])

@@ -152,7 +152,7 @@ def test_replaced_version_without_requests_is_freed_at_once(make_manager, lora_d
 
 
 BAD = {
-    "dora": (AdapterIncompatibleError, lambda d, config, tensors: config(d, use_dora=True)),
+    "qalora": (AdapterIncompatibleError, lambda d, config, tensors: config(d, use_qalora=True)),
     "nan": (
         AdapterInvalidError,
         lambda d, config, tensors: tensors(d, lambda t: next(iter(t.values())).fill_(float("nan"))),
@@ -188,11 +188,11 @@ def test_failed_load_says_why_and_leaves_everything_else_serving(
 def test_failed_replacement_leaves_the_old_version_serving(make_manager, lora_dir, edit_config):
     manager = make_manager()
     digest = manager.load("plain").digest
-    edit_config(lora_dir, use_dora=True)
+    edit_config(lora_dir, use_qalora=True)
     with pytest.raises(AdapterIncompatibleError):
         manager.load("plain")
     info = manager.get("plain")
-    assert (info.state, info.digest) == (AdapterState.READY, digest) and "use_dora" in info.error
+    assert (info.state, info.digest) == (AdapterState.READY, digest) and "use_qalora" in info.error
 
 
 def test_unexpected_error_reaches_no_client(make_manager, lora_dir, monkeypatch):

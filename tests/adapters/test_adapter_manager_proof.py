@@ -43,7 +43,7 @@ def replay(manager, version):
 def test_version_is_proven_before_requests_get_it(manager):
     seen = []
 
-    def prove(version, golden):
+    def prove(version, golden, vocab_size):
         assert golden.digest == version.digest and golden.prompts == ((1, 2, 3), (4,))
         for reference in ("plain", f"plain@{version.digest}"):
             with pytest.raises(AdapterNotFoundError):
@@ -61,10 +61,10 @@ def test_version_is_proven_before_requests_get_it(manager):
 def test_golden_file_that_comes_later_is_replayed_although_the_content_is_known(manager, change):
     digest = manager.load("plain").digest
     proofs = iter(["fine", "fine again"])
-    manager.prover = lambda version, golden: next(proofs)
+    manager.prover = lambda version, golden, vocab_size: next(proofs)
     assert [manager.load("plain").proof for _ in range(2)] == ["fine", "fine again"]
 
-    def refuse(version, golden):
+    def refuse(version, golden, vocab_size):
         assert manager.get("plain").digest == version.digest, "served meanwhile"
         raise AdapterProofError("The logits are off.")
 
@@ -78,7 +78,7 @@ def test_golden_file_that_comes_later_is_replayed_although_the_content_is_known(
 def test_version_whose_proof_fails_is_refused_and_the_old_one_served(manager, change):
     old = manager.load("plain").digest
 
-    def refuse(version, golden):
+    def refuse(version, golden, vocab_size):
         replay(manager, version)
         raise AdapterProofError("The logits are off.")
 
@@ -93,7 +93,7 @@ def test_version_whose_proof_fails_is_refused_and_the_old_one_served(manager, ch
 
 
 def test_prover_that_fails_itself_reaches_no_client(manager):
-    def explode(version, golden):
+    def explode(version, golden, vocab_size):
         raise RuntimeError("secret")
 
     manager.prover = explode
@@ -106,7 +106,7 @@ def test_prover_that_fails_itself_reaches_no_client(manager):
 def test_unload_during_the_proof_wins(manager):
     with Gate() as gate:
 
-        def prove(version, golden):
+        def prove(version, golden, vocab_size):
             gate.pass_through()
             replay(manager, version)
             return "fine"
@@ -123,7 +123,7 @@ def test_unload_during_the_proof_wins(manager):
 def test_rolled_back_version_is_proven_again(manager, change):
     """Its files are what was proven; the base, or this server, may not be."""
     proven = []
-    manager.prover = lambda version, golden: proven.append(version.digest) or "fine"
+    manager.prover = lambda version, golden, vocab_size: proven.append(version.digest) or "fine"
     first = manager.load("plain").digest
     change(5)
     second = manager.load("plain").digest

@@ -7,9 +7,7 @@ from pathlib import Path
 import lorikeet.adapters
 import pytest
 import torch
-from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.errors import AdapterIncompatibleError, AdapterInvalidError
-from lorikeet.adapters.packing import pack_adapter
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -54,9 +52,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_packed_delta_equals_peft(config, tmp_path, save_adapter, unpack, sites, base):
+def test_packed_delta_equals_peft(config, tmp_path, save_adapter, unpack, pack):
     expected = save_adapter(config, tmp_path)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     assert_close(unpack(packed), expected, rtol=1e-5, atol=1e-6)
     assert packed.nbytes == packed.data.numel() * 4
     assert packed.report.num_modules == len(expected)
@@ -70,9 +68,9 @@ def _allocate_ranks(model):
 
 
 @pytest.mark.parametrize("alpha", [6, 0])
-def test_adalora_with_allocated_ranks_equals_peft(alpha, tmp_path, save_adapter, unpack, sites, base):
+def test_adalora_with_allocated_ranks_equals_peft(alpha, tmp_path, save_adapter, unpack, pack):
     expected = save_adapter(adalora(lora_alpha=alpha), tmp_path, change=_allocate_ranks)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     assert {k: v for k, v in expected.items() if "k_proj" in k}  # rank 0: PEFT's delta is zero, ours takes no memory
     assert all(not v.any() for k, v in expected.items() if "k_proj" in k)
     assert_close(unpack(packed), {k: v for k, v in expected.items() if "k_proj" not in k}, rtol=1e-5, atol=1e-6)
@@ -80,7 +78,7 @@ def test_adalora_with_allocated_ranks_equals_peft(alpha, tmp_path, save_adapter,
     assert packed.report.slices["k_proj"].rank == 0
 
 
-def test_adalora_trained_by_peft_equals_peft(tmp_path, save_adapter, unpack, sites, base):
+def test_adalora_trained_by_peft_equals_peft(tmp_path, save_adapter, unpack, pack):
     """The allocator itself, a few steps of it, rather than a hand-made rank pattern."""
 
     def train(model):
@@ -93,7 +91,7 @@ def test_adalora_trained_by_peft_equals_peft(tmp_path, save_adapter, unpack, sit
             optimizer.zero_grad()
 
     expected = save_adapter(adalora(tinit=2, tfinal=2), tmp_path, change=train)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     got = unpack(packed)
     for module, delta in expected.items():
         assert_close(got.get(module, torch.zeros_like(delta)), delta, rtol=1e-4, atol=1e-6)
@@ -102,11 +100,9 @@ def test_adalora_trained_by_peft_equals_peft(tmp_path, save_adapter, unpack, sit
 
 @pytest.mark.parametrize("file_dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arena_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_half_precision_files_are_scaled_in_float32(
-    file_dtype, arena_dtype, tmp_path, save_adapter, unpack, sites, base
-):
+def test_half_precision_files_are_scaled_in_float32(file_dtype, arena_dtype, tmp_path, save_adapter, unpack, pack):
     expected = save_adapter(lora(use_rslora=True), tmp_path, dtype=file_dtype)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=arena_dtype, pin_memory=False)
+    packed = pack(tmp_path, arena_dtype)
     tolerance = 1e-5 if arena_dtype is torch.float32 else 2**-7
     for module, delta in unpack(packed).items():
         assert_close(delta, expected[module], rtol=0, atol=tolerance * float(expected[module].abs().max()))
@@ -124,23 +120,23 @@ def _rename(path, change):
         pytest.param(lambda name: name.replace(".weight", ".my-adapter.weight"), id="adapter_name_other"),
     ],
 )
-def test_key_variants_give_the_same_delta(change, tmp_path, save_adapter, unpack, sites, base):
+def test_key_variants_give_the_same_delta(change, tmp_path, save_adapter, unpack, pack):
     expected = save_adapter(lora(), tmp_path)
     _rename(tmp_path / "adapter_model.safetensors", change)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     assert_close(unpack(packed), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_missing_layers_do_not_drop_a_module_type(tmp_path, save_adapter, sites, base):
+def test_missing_layers_do_not_drop_a_module_type(tmp_path, save_adapter, sites, pack):
     save_adapter(lora(layers_to_transform=[2]), tmp_path)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     adapted = [sites.sites[i].name for i, offset in enumerate(packed.site_offsets.tolist()) if offset >= 0]
     assert adapted == ["model.layers.2.self_attn.qkv_proj"]
 
 
-def test_report_merges_equal_layers_and_spells_out_unequal_ones(tmp_path, save_adapter, sites, base):
+def test_report_merges_equal_layers_and_spells_out_unequal_ones(tmp_path, save_adapter, pack):
     save_adapter(lora(rank_pattern={"layers.0.self_attn.v_proj": 2}), tmp_path)
-    packed = pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    packed = pack(tmp_path)
     assert packed.report.slices == {
         "q_proj": (4, 1.5),
         "model.layers.0.self_attn.v_proj": (2, 3.0),
@@ -151,33 +147,40 @@ def test_report_merges_equal_layers_and_spells_out_unequal_ones(tmp_path, save_a
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_zero_delta_is_refused_unless_allowed(part, lora_dir, edit_tensors, sites, base):
+def test_zero_delta_is_refused_unless_allowed(part, lora_dir, edit_tensors, pack):
     edit_tensors(lora_dir, lambda tensors: [t.zero_() for name, t in tensors.items() if part in name])
-    checkpoint = load_checkpoint(lora_dir, sites, base)
     with pytest.raises(AdapterInvalidError, match="zero everywhere"):
-        pack_adapter(checkpoint, sites, dtype=torch.float32, pin_memory=False)
-    packed = pack_adapter(checkpoint, sites, dtype=torch.float32, pin_memory=False, allow_zero=True)
+        pack(lora_dir)
+    packed = pack(lora_dir, allow_zero=True)
     assert packed.report.num_modules == 6
 
 
-def test_untrained_adapter_is_a_zero_delta(tmp_path, tiny_llama, sites, base):
+def test_untrained_adapter_is_a_zero_delta(tmp_path, tiny_llama, pack):
     get_peft_model(copy.deepcopy(tiny_llama), lora()).save_pretrained(tmp_path)
     with pytest.raises(AdapterInvalidError, match="before training"):
-        pack_adapter(load_checkpoint(tmp_path, sites, base), sites, dtype=torch.float32, pin_memory=False)
+        pack(tmp_path)
 
 
-def test_zero_in_some_modules_only_is_served(lora_dir, edit_tensors, sites, base):
+def test_zero_in_some_modules_only_is_served(lora_dir, edit_tensors, pack):
     edit_tensors(lora_dir, lambda tensors: [t.zero_() for name, t in tensors.items() if "layers.0" in name])
-    pack_adapter(load_checkpoint(lora_dir, sites, base), sites, dtype=torch.float32, pin_memory=False)
+    pack(lora_dir)
 
 
-def test_value_too_large_for_the_arena_type_is_refused_by_tensor(lora_dir, edit_tensors, sites, base):
+def test_value_too_large_for_the_arena_type_is_refused_by_tensor(lora_dir, edit_tensors, pack):
     edit_tensors(
         lora_dir, lambda tensors: tensors.update({n: t.fill_(5e4) for n, t in tensors.items() if "lora_B" in n})
     )
-    checkpoint = load_checkpoint(lora_dir, sites, base)
     with pytest.raises(AdapterIncompatibleError, match=r"lora_B.*float16"):
-        pack_adapter(checkpoint, sites, dtype=torch.float16, pin_memory=False)
+        pack(lora_dir, torch.float16)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_absurd_weight_is_refused_by_tensor_in_any_type(part, dtype, lora_dir, edit_tensors, pack):
+    name = f"base_model.model.model.layers.1.mlp.down_proj.{part}.weight"
+    edit_tensors(lora_dir, lambda tensors: tensors[name].view(-1).__setitem__(5, -1e30))
+    with pytest.raises(AdapterIncompatibleError, match=rf"layers\.1\.mlp\.down_proj\.{part}"):
+        pack(lora_dir, dtype)
 
 
 def test_only_one_file_computes_scaling():

@@ -295,7 +295,7 @@ def test_folder_of_a_pinned_adapter_that_goes_does_not_take_it(boot, lora_dir):
 def test_broken_folder_at_start_is_listed_and_can_be_rolled_back(boot, lora_dir, edit_config):
     digest = boot().get("plain").digest
     boot.stop()
-    edit_config(lora_dir, use_dora=True)
+    edit_config(lora_dir, use_qalora=True)
     manager = boot()
     assert manager.get("plain").state is AdapterState.FAILED
     with pytest.raises(AdapterNoVersionError):

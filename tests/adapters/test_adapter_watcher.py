@@ -142,11 +142,11 @@ def test_invalid_folder_is_listed_with_its_reason_and_retried_on_change(watch, r
     manager, watcher = watch()
     target = roots[0] / "bad"
     shutil.copytree(source, target)
-    edit_config(target, use_dora=True)
+    edit_config(target, use_qalora=True)
     scan_until(watcher, lambda: states(manager).get("bad") is AdapterState.FAILED, "the refusal")
-    assert "use_dora" in manager.get("bad").error
+    assert "use_qalora" in manager.get("bad").error
     scan_until_quiet(watcher)
-    edit_config(target, use_dora=False)
+    edit_config(target, use_qalora=False)
     scan_until(watcher, is_ready(manager, "bad"), "the repaired folder")
 
 
@@ -163,7 +163,7 @@ def test_broken_replacement_keeps_the_old_version(watch, roots, source, edit_con
     shutil.copytree(source, roots[0] / "a")
     scan_until(watcher, is_ready(manager, "a"), "the folder")
     digest = manager.get("a").digest
-    edit_config(roots[0] / "a", use_dora=True)
+    edit_config(roots[0] / "a", use_qalora=True)
     scan_until(watcher, lambda: manager.get("a").error, "the refusal")
     assert (manager.get("a").digest, states(manager)["a"]) == (digest, AdapterState.READY)
 

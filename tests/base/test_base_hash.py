@@ -150,6 +150,7 @@ def test_loaded_base_has_the_hash_of_its_source_with_and_without_the_cache(tmp_p
     outline = outline_base(str(tmp_path / "model"), tmp_path / "model")
     assert outline.fingerprint == base.fingerprint
     assert outline.site_table.sites == base.site_table.sites
+    assert outline.module_table == base.module_table
     assert outline.vocab_size == base.vocab_size == VOCAB
 
 
@@ -160,6 +161,7 @@ def test_outline_needs_no_weights(tmp_path):
         file.unlink()
     outline = outline_base("x", tmp_path / "model")
     assert outline.site_table.sites == whole.site_table.sites
+    assert outline.module_table == whole.module_table
     assert whole.fingerprint.sha256 and not outline.fingerprint.sha256
 
 

@@ -46,7 +46,7 @@ def edit_config(directory: Path, **fields: object) -> None:
 def stacked_values(base: BaseModel) -> dict[str, torch.Tensor]:
     """Dequantized rows of every original linear, sliced out of its stack."""
     values = {}
-    for site in base.site_table.sites:
+    for site in base.site_table.sites[:-1]:  # the last is the head
         linear = base.site_module(site)
         assert isinstance(linear, NF4Linear)
         parts = torch.split(linear.nf4.dequantize(torch.float32), [s.out_features for s in site.slices])

@@ -11,11 +11,14 @@ import functools
 import hashlib
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from lorikeet.adapters.adaptation import Adaptation
+from lorikeet.adapters.composition import CompositionPort
 from lorikeet.adapters.errors import AdapterUnloadedError
+from lorikeet.adapters.record import LEASE_S
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.engine.block_manager import BlockManager
 from lorikeet.server.engine.detokenizer import Detokenizer
@@ -28,21 +31,37 @@ from lorikeet.server.engine.scheduler import ScheduledStep, Scheduler
 from lorikeet.server.engine.stop_strings import StopStrings
 
 VOCAB = 26
+LEASE_ROUNDS = 8
 NEVER = 10**9  # load_steps of an adapter that does not come in
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 
-def version(adapter_id: str, content: str = "1") -> AdapterVersion:
-    return AdapterVersion(adapter_id, hashlib.sha256(f"{adapter_id}/{content}".encode()).hexdigest())
+def version(adapter_id: str, content: str = "1") -> Adaptation:
+    """One adapter as it was trained."""
+    digest = hashlib.sha256(f"{adapter_id}/{content}".encode()).hexdigest()
+    return Adaptation.single(AdapterVersion(adapter_id, digest))
+
+
+def blend(*parts: tuple[str, float]) -> Adaptation:
+    """Several of them, with weights."""
+    return Adaptation.of((version(adapter_id).versions[0], weight) for adapter_id, weight in parts)
+
+
+# What adapts a token: digests and weights.
+Applied = tuple[tuple[str, float], ...]
+
+
+def _applied(adapter: Adaptation | None) -> Applied:
+    return tuple((member.version.digest, member.weight) for member in adapter.members) if adapter else ()
 
 
 @functools.cache
-def _number(adapter: AdapterVersion | None) -> int:
-    return int.from_bytes(hashlib.sha256((adapter.digest if adapter else "").encode()).digest()[:7])
+def _number(applied: Applied) -> int:
+    return int.from_bytes(hashlib.sha256(repr(applied).encode()).digest()[:7])
 
 
-def _entry(adapter: AdapterVersion | None, token: int, position: int, before: list[int]) -> int:
-    return hash((_number(adapter), token, position, *before))
+def _entry(applied: Applied, token: int, position: int, before: list[int]) -> int:
+    return hash((_number(applied), token, position, *before))
 
 
 def _logits(entries: list[int]) -> list[float]:
@@ -50,12 +69,12 @@ def _logits(entries: list[int]) -> list[float]:
     return [(hash((state, token)) % 65536) / 4096 for token in range(VOCAB)]
 
 
-def expected_tokens(adapter: AdapterVersion | None, prompt: list[int], num_tokens: int) -> list[int]:
+def expected_tokens(adapter: Adaptation | None, prompt: list[int], num_tokens: int) -> list[int]:
     """Greedy tokens of a request that is alone in the world."""
     tokens, entries, output = list(prompt), [], []
     while True:
         while len(entries) < len(tokens):
-            entries.append(_entry(adapter, tokens[len(entries)], len(entries), entries))
+            entries.append(_entry(_applied(adapter), tokens[len(entries)], len(entries), entries))
         if len(output) == num_tokens:
             return output
         logits = _logits(entries)
@@ -64,15 +83,20 @@ def expected_tokens(adapter: AdapterVersion | None, prompt: list[int], num_token
 
 
 class FakeAdapters:
-    """An AdapterPort with a few slots.
+    """An adapter manager with a few device slots; the engine sees it through `port`.
 
     The loader brings in one wanted version per `step_work`, `load_steps` rounds after it was asked. With `seed` the
     order is random, and unused versions are thrown out now and then, as far as the promises of the port allow.
+
+    What was brought in stays for LEASE_ROUNDS, and so does what is kept for a composition. `now` counts rounds.
     """
 
     def __init__(self, num_slots: int, *, load_steps: int = 0, seed: int | None = None) -> None:
         self.on_ready = lambda: None
+        self.now = 0.0
+        self.port = CompositionPort(self, num_slots, clock=lambda: self.now * LEASE_S / LEASE_ROUNDS)
         self.slots: list[AdapterVersion | None] = [None] * num_slots
+        self._kept_until: dict[AdapterVersion, float] = {}
         self.active: Counter[AdapterVersion] = Counter()
         self.pins: Counter[AdapterVersion] = Counter()
         self.num_releases = 0
@@ -83,9 +107,25 @@ class FakeAdapters:
         self._load_steps = load_steps
         self._random = random.Random(seed) if seed is not None else None
 
-    def pin(self, adapter: AdapterVersion | None) -> None:
-        if adapter is not None:
-            self.pins[adapter] += 1
+    def pin(self, adapter: Adaptation | None) -> None:
+        self.pins.update(adapter.versions if adapter is not None else ())
+
+    def unpin(self, adapter: Adaptation | None) -> None:
+        """What the service does for a request that was refused."""
+        self.pins.subtract(adapter.versions if adapter is not None else ())
+
+    def put(self, *adapters: Adaptation) -> None:
+        """They are in the first slots from now on."""
+        for slot, version in enumerate(version for adapter in adapters for version in adapter.versions):
+            self.slots[slot] = version
+
+    def num_users(self, adapter: Adaptation) -> int:
+        """Activations of one adapter."""
+        return self.active[adapter.versions[0]]
+
+    def fail(self, adapter: Adaptation) -> None:
+        """Its versions were dropped by force."""
+        self.failed.update(adapter.versions)
 
     def try_activate(self, adapter: AdapterVersion) -> int | None:
         if adapter in self.failed:
@@ -96,9 +136,19 @@ class FakeAdapters:
             if self._load_steps < NEVER:
                 self.on_ready()
             return None
-        self.active[adapter] += 1
-        self._touch(adapter)
-        return self.slots.index(adapter)
+        return self._use(adapter)
+
+    def try_activate_all(self, versions: Sequence[AdapterVersion], *, keep: bool) -> list[int] | None:
+        if self.failed.intersection(versions):
+            raise AdapterUnloadedError("gone")
+        if all(version in self.slots for version in versions):
+            return [self._use(version) for version in versions]
+        for version in versions:
+            if version not in self.slots:
+                assert self.try_activate(version) is None
+            elif keep:
+                self._kept_until[version] = self.now + LEASE_ROUNDS
+        return None
 
     def deactivate(self, adapter: AdapterVersion) -> None:
         assert self.active[adapter] > 0, "deactivated more often than activated"
@@ -112,6 +162,7 @@ class FakeAdapters:
 
     def step_work(self) -> None:
         self.num_step_works += 1
+        self.now += 1
         if self._random is not None and self._random.random() < 0.3:
             self._evict()
         for adapter in self._wanted:
@@ -124,8 +175,15 @@ class FakeAdapters:
             self._evict()
         if None in self.slots:
             self.slots[self.slots.index(None)] = adapter
+            self._kept_until[adapter] = self.now + 1.5
             self._touch(adapter)
             del self._wanted[adapter]
+
+    def _use(self, adapter: AdapterVersion) -> int:
+        self.active[adapter] += 1
+        self._kept_until.pop(adapter, None)
+        self._touch(adapter)
+        return self.slots.index(adapter)
 
     def _touch(self, adapter: AdapterVersion) -> None:
         if adapter in self._used:
@@ -133,7 +191,8 @@ class FakeAdapters:
         self._used.append(adapter)
 
     def _evict(self) -> None:
-        idle = [adapter for adapter in self._used if not self.active[adapter]]
+        kept = {adapter for adapter, until in self._kept_until.items() if until > self.now}
+        idle = [adapter for adapter in self._used if not self.active[adapter] and adapter not in kept]
         if idle:
             victim = self._random.choice(idle) if self._random else idle[0]
             self._used.remove(victim)
@@ -161,7 +220,7 @@ class FakeRunner:
         written: set[int] = set()
         for item in step.requests:
             request = item.request
-            adapter = None if request.slot == -1 else self._adapters.slots[request.slot]
+            applied = self._applied(request.slot)
             places = [
                 request.block_table[p // self._size] * self._size + p % self._size
                 for p in range(item.start + item.num_tokens)
@@ -171,7 +230,7 @@ class FakeRunner:
                 before = [self._kv[place] for place in places[:position]]
                 assert places[position] not in written, "two tokens of a step in one place"
                 written.add(places[position])
-                self._kv[places[position]] = _entry(adapter, token, position, before)
+                self._kv[places[position]] = _entry(applied, token, position, before)
             if item.samples:
                 row = _logits([self._kv[place] for place in places])
                 rows.append([float("nan")] * VOCAB if request is self.nan_for else row)
@@ -181,6 +240,15 @@ class FakeRunner:
         self.steps.append(step)
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), VOCAB)
 
+    def _applied(self, slot: int) -> Applied:
+        """What is in the device slots that a batch slot stands for, right now."""
+        found = []
+        for device_slot, weight in () if slot == -1 else self._adapters.port.expand(slot):
+            version = self._adapters.slots[device_slot]
+            assert version is not None
+            found.append((version.digest, weight))
+        return tuple(found)
+
     def _check(self, step: ScheduledStep) -> None:
         slots = [item.request.slot for item in step.requests]
         assert slots == sorted(slots), "rows of a slot are not contiguous"
@@ -189,8 +257,8 @@ class FakeRunner:
             request = item.request
             assert item.num_tokens > 0
             assert item.samples == (item.start + item.num_tokens == request.num_tokens)
-            if request.adapter is not None:
-                assert self._adapters.active[request.adapter] > 0
+            for version in request.adapter.versions if request.adapter is not None else ():
+                assert self._adapters.active[version] > 0
 
 
 class Clock:
@@ -292,7 +360,7 @@ class World:
         self.blocks = BlockManager(num_blocks, block_size, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
             self.blocks,
-            self.adapters,
+            self.adapters.port,
             max_running=max_running,
             token_budget=token_budget,
             limits_of=lambda adapter_id: self.limits.get(adapter_id, AdapterLimits()),
@@ -308,7 +376,7 @@ class World:
             self.scheduler,
             Sampler(eos),
             make_stream,
-            self.adapters,
+            self.adapters.port,
             self.observer,
             eos,
             max_context,
@@ -321,7 +389,7 @@ class World:
         self,
         prompt: list[int],
         params: SamplingParams = GREEDY,
-        adapter: AdapterVersion | None = None,
+        adapter: Adaptation | None = None,
         deadline: float | None = None,
     ) -> Client:
         """A request that is not submitted yet; its version is pinned."""
@@ -338,7 +406,7 @@ class World:
         self,
         prompt: list[int],
         params: SamplingParams = GREEDY,
-        adapter: AdapterVersion | None = None,
+        adapter: Adaptation | None = None,
         deadline: float | None = None,
     ) -> Client:
         client = self.client(prompt, params, adapter, deadline)

@@ -7,15 +7,24 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.engine.block_manager import BlockManager
 from lorikeet.server.engine.request import Request
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-A, B = AdapterVersion("a", "da"), AdapterVersion("b", "db")
+
+def single(adapter_id: str, digest: str) -> Adaptation:
+    return Adaptation.single(AdapterVersion(adapter_id, digest))
 
 
-def request_of(tokens: list[int], adapter: AdapterVersion | None = None, name: str = "r") -> Request:
+A, B = single("a", "da"), single("b", "db")
+HALF = Adaptation.of([(A.versions[0], 0.5)])
+BOTH = Adaptation.of([(A.versions[0], 0.5), (B.versions[0], 0.5)])
+OTHERS = Adaptation.of([(A.versions[0], 0.5), (B.versions[0], 0.25)])
+
+
+def request_of(tokens: list[int], adapter: Adaptation | None = None, name: str = "r") -> Request:
     return Request(name, list(tokens), SamplingParams(), adapter, lambda _: None)
 
 
@@ -73,11 +82,11 @@ def test_another_adapter_or_another_version_finds_nothing():
     first = request_of(range(12), A)
     blocks.allocate(first)
     compute(blocks, first)
-    for adapter in (None, B, AdapterVersion("a", "newer")):
+    for adapter in (None, B, single("a", "newer")):
         other = request_of(range(12), adapter)
         assert blocks.allocate(other) == 0
         blocks.free(other)
-    assert blocks.allocate(request_of(range(12), AdapterVersion("renamed", "da"))) == 8
+    assert blocks.allocate(request_of(range(12), single("renamed", "da"))) == 8
 
 
 def test_same_block_after_another_prefix_is_not_a_hit():
@@ -179,6 +188,25 @@ def test_spare_blocks_are_left():
     assert blocks.allocate(request_of(range(8)), spare=2) == 0
 
 
+def test_compositions_share_blocks_with_themselves_only_and_lose_them_with_any_member():
+    blocks = BlockManager(30, 2)
+    for adapter in (None, A, B, HALF, BOTH, OTHERS):
+        request = request_of([1, 1, 1], adapter)
+        assert blocks.allocate(request) == 0
+        compute(blocks, request)
+        blocks.free(request)
+    again = Adaptation.of([(B.versions[0], 0.5), (A.versions[0], 0.5)])
+    for adapter in (None, A, B, HALF, BOTH, OTHERS, again):
+        request = request_of([1, 1, 1], adapter)
+        assert blocks.allocate(request) == 2
+        blocks.free(request)
+    blocks.drop_adapter("db")
+    blocks.check_integrity()
+    cached = {name: blocks.allocate(request_of([1, 1, 1], adapter, name)) for name, adapter in
+              {"base": None, "a": A, "b": B, "half": HALF, "both": BOTH, "others": OTHERS}.items()}  # fmt: skip
+    assert cached == {"base": 2, "a": 2, "b": 0, "half": 2, "both": 0, "others": 0}
+
+
 def test_dropped_adapter_is_forgotten_and_its_blocks_are_free():
     blocks = BlockManager(12, 2)
     requests = [request_of([1, 1, 1], A), request_of([1, 1, 1], B), request_of([1, 1, 1])]
@@ -242,7 +270,7 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(
         target=requests,
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
-        adapter=st.sampled_from([None, A, B]),
+        adapter=st.sampled_from([None, A, B, HALF, BOTH]),
     )
     def allocate(self, tokens, adapter):
         request = request_of(tokens, adapter, f"r{self.count}")
@@ -281,6 +309,8 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(adapter=st.sampled_from([A, B]))
     def drop(self, adapter):
         self.blocks.drop_adapter(adapter.digest)
+        registered = {owner for block in self.blocks._blocks if block.key is not None for owner in block.owners}
+        assert adapter.digest not in registered
 
     @invariant()
     def integrity(self):

@@ -64,6 +64,23 @@ def test_logits_are_a_copy():
     assert torch.equal(rows[0], before)
 
 
+def test_ids_that_only_others_of_the_step_know_are_left_out():
+    world = World()
+    forward = world.runner.forward
+
+    def wider(step):
+        """As if adapters had 5 ids more than the base."""
+        logits = torch.nn.functional.pad(forward(step), (0, 5), value=-torch.inf)
+        slots = [item.request.slot for item in step.requests if item.samples]
+        logits[torch.tensor(slots) >= 0, VOCAB:] = 0.0
+        return logits
+
+    world.runner.forward = wider
+    captured = [capture(world, prompt_of(seed, 4), adapter) for seed, adapter in enumerate((None, A))]
+    world.run()
+    assert [len(row) for rows, _ in captured for row in rows] == [VOCAB, VOCAB + 5]
+
+
 def test_a_hit_in_the_prefix_cache_changes_nothing():
     world = World()
     prompt = prompt_of(7, 13)
@@ -91,7 +108,7 @@ def test_metrics_do_not_count_it():
     for seed in range(4):
         capture(world, prompt_of(seed, 6), A, SamplingParams(temperature=0.0, max_tokens=20))
     _, failing = capture(world, prompt_of(9, 6), B)
-    world.adapters.failed.add(B)
+    world.adapters.fail(B)
     world.run()
     assert failing.end is not None
     assert {call[0] for call in world.observer.calls} == {"step"}

@@ -207,11 +207,11 @@ def test_dropped_version_fails_its_requests_and_its_cached_kv_is_forgotten():
     for _ in range(6):
         world.engine.step()
     assert clients[0].tokens
-    world.engine.on_version_dropped(A)
+    world.engine.on_version_dropped(*A.versions)
     world.engine.step()
     assert [reason_of(clients[i]) for i in (0, 2)] == ["ADAPTER_UNLOADED"] * 2
     assert clients[1].end is None
-    world.engine.on_version_dropped(A)
+    world.engine.on_version_dropped(*A.versions)
     world.engine.abort(clients[1].request.request_id)
     world.engine.step()
     assert world.blocks.stats().cached == 0 or world.blocks.allocate(clients[0].request) == 0
@@ -219,7 +219,7 @@ def test_dropped_version_fails_its_requests_and_its_cached_kv_is_forgotten():
 
 def test_version_that_failed_to_load_fails_its_requests_only():
     world = World()
-    world.adapters.failed.add(A)
+    world.adapters.fail(A)
     doomed, alive = world.submit([1], GREEDY, A), world.submit([1], GREEDY, B)
     world.run()
     assert reason_of(doomed) == "ADAPTER_UNLOADED"
@@ -408,7 +408,7 @@ def test_engine_with_a_blocked_request_hardly_turns_and_wakes_for_its_adapter(th
     before = world.adapters.num_step_works
     threading.Event().wait(0.5)
     assert world.adapters.num_step_works - before <= 2
-    world.adapters.slots[0] = A
+    world.adapters.put(A)
     world.adapters._wanted.clear()
     world.adapters.on_ready()
     started = time.monotonic()

@@ -11,14 +11,26 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.engine.limits import AdapterLimits
 from lorikeet.server.engine.request import Finished, FinishReason
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.errors import AdapterQueueFullError, QueueFullError
 
-from .fake_world import VOCAB, Clock, World, expected_tokens, prompt_of, version
+from .fake_world import VOCAB, Clock, World, blend, expected_tokens, prompt_of, version
 
-VERSIONS = [None, version("a"), version("a", "newer"), version("b"), version("c")]
+SINGLE = [None, version("a"), version("a", "newer"), version("b"), version("c")]
+NUM_SINGLE = len(SINGLE)
+# Of overlapping members, of two versions of one adapter, with a strength alone, with opposite weights.
+COMPOSED = [
+    blend(("a", 0.5)),
+    blend(("a", 0.5), ("b", 0.5)),
+    blend(("b", 1.0), ("a", -0.5)),
+    blend(("b", 1.0), ("c", 1.0)),
+    Adaptation.of([(version("a").versions[0], 1.0), (version("a", "newer").versions[0], 0.0)]),
+    blend(("a", 1.0), ("b", 2.0), ("c", 3.0)),
+]
+VERSIONS = [*SINGLE, *COMPOSED]
 # Prompts share prefixes of every length, and begin alike for all adapters.
 PROMPTS = [
     prompt_of(1, 13),
@@ -78,19 +90,19 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def submit(self, which, prompt, max_tokens, timeout):
         world, adapter = self.world, VERSIONS[which]
-        if adapter in self.dropped:
-            return
+        versions = adapter.versions if adapter is not None else ()
+        if self.dropped.intersection(versions) or len(versions) > len(world.adapters.slots):
+            return  # the service refuses it
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         client = world.client(list(prompt), params, adapter, None if timeout is None else world.clock() + timeout)
         try:
             world.engine.submit(client.request)
         except (QueueFullError, AdapterQueueFullError):
             world.clients.remove(client)
-            if adapter is not None:
-                world.adapters.pins[adapter] -= 1  # as the service does
+            world.adapters.unpin(adapter)
             assert not client.events
         else:
-            self.num_accepted_pins += adapter is not None
+            self.num_accepted_pins += len(adapter.versions) if adapter is not None else 0
 
     @rule(rounds=st.integers(1, 6))
     def run(self, rounds):
@@ -132,12 +144,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.runner.oom_above = None
 
     @precondition(lambda self: len(self.dropped) < 2)
-    @rule(which=st.integers(1, len(VERSIONS) - 1))
+    @rule(which=st.integers(1, NUM_SINGLE - 1))
     def drop_version(self, which):
-        adapter = VERSIONS[which]
-        self.dropped.add(adapter)
-        self.world.adapters.failed.add(adapter)
-        self.world.engine.on_version_dropped(adapter)
+        [dropped] = VERSIONS[which].versions
+        self.dropped.add(dropped)
+        self.world.adapters.failed.add(dropped)
+        self.world.engine.on_version_dropped(dropped)
 
     @invariant()
     def nothing_is_leaked_or_owned_twice(self):
@@ -146,9 +158,15 @@ class EngineMachine(RuleBasedStateMachine):
         world = self.world
         world.scheduler.check_integrity()
         holding = [client.request for client in world.clients if client.request.slot != -1]
-        assert sum(world.adapters.active.values()) == len(holding)
+        assert sum(world.adapters.active.values()) == sum(len(request.adapter.versions) for request in holding)
         for request in holding:
-            assert world.adapters.slots[request.slot] == request.adapter
+            expansion = world.adapters.port.expand(request.slot)
+            assert [(world.adapters.slots[slot], weight) for slot, weight in expansion] == list(request.adapter.members)
+            assert (request.slot < len(world.adapters.slots)) == request.adapter.is_plain
+        # No two adaptations have one batch slot, and no more numbers are in use than needed.
+        batch_slots = {request.slot: request.adapter for request in holding}
+        assert all(batch_slots[request.slot] == request.adapter for request in holding)
+        assert max(batch_slots, default=0) <= len(world.adapters.slots) + world.scheduler._max_running
         for client in world.clients:
             assert client.end is None or client.request.block_table == []
 
@@ -200,7 +218,7 @@ def test_seeded_tokens_do_not_depend_on_company(requests, num_blocks, budget, pr
         return dataclasses.replace(SamplingParams(seed=i, max_tokens=max_tokens), **varied[i % 5])
 
     together = World(
-        num_blocks=num_blocks, max_running=4, token_budget=budget, prefix_cache=prefix_cache, num_slots=2, seed=seed
+        num_blocks=num_blocks, max_running=4, token_budget=budget, prefix_cache=prefix_cache, num_slots=3, seed=seed
     )
     clients = [
         together.submit(prompt, params(i, max_tokens), VERSIONS[which])

@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorikeet.adapters.version import AdapterVersion
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.engine.block_manager import BlockManager
 from lorikeet.server.engine.fair_share import INPUT_TOKEN, MAX_IDLE, OUTPUT_TOKEN, FairShare
 from lorikeet.server.engine.limits import AdapterLimits, unlimited
@@ -33,7 +33,7 @@ class Bench:
         options = {"max_running": 4, "token_budget": 16, "max_wait_s": NEVER_S, **options}
         self.scheduler = Scheduler(
             BlockManager(num_blocks, 4, prefix_cache=False),
-            self.adapters,
+            self.adapters.port,
             limits_of=lambda adapter_id: limits.get(adapter_id, AdapterLimits()),
             watermark=0.0,
             starvation_bound_s=NEVER_S,
@@ -44,7 +44,7 @@ class Bench:
         self.num_waiting: dict[str, int] = {}
         self.num_admitted: dict[str, int] = {}
 
-    def add(self, adapter: AdapterVersion | None, num_prompt: int, num_output: int) -> Request:
+    def add(self, adapter: Adaptation | None, num_prompt: int, num_output: int) -> Request:
         params = SamplingParams(temperature=0.0, max_tokens=num_output)
         request = Request("r", [1] * num_prompt, params, adapter, lambda _: None, arrival=self.now)
         self.adapters.pin(adapter)
@@ -71,10 +71,9 @@ class Bench:
         self.num_waiting = self.scheduler.count_waiting_by_adapter()
         self.now += 1.0
 
-    def bring_in(self, *adapters: AdapterVersion | None) -> None:
+    def bring_in(self, *adapters: Adaptation) -> None:
         """Nobody waits for its adapter to come from here on."""
-        for slot, adapter in enumerate(adapters):
-            self.adapters.slots[slot] = adapter
+        self.adapters.put(*adapters)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -36,7 +36,7 @@ def test_limits_out_of_range_are_refused(limits):
 
 def test_no_more_run_than_may_over_all_versions_and_others_pass_by():
     world = World(limits={"a": AdapterLimits(max_running=2)})
-    world.adapters.slots[:2] = [A, A2]
+    world.adapters.put(A, A2)
     of_a = [world.submit([1], LONG, version) for version in (A, A2, A, A2)]
     others = [world.submit([1], LONG, B), world.submit([1], LONG)]
     steps(world, 6)
@@ -105,14 +105,14 @@ def test_request_at_its_cap_that_has_a_slot_gives_it_back():
 def test_parked_request_at_its_cap_holds_nobody_back():
     """Its adapter is on its way, but it could not run if it came."""
     world = World(num_slots=3, load_steps=NEVER, starvation_bound_s=4.0, limits={"a": AdapterLimits(max_running=1)})
-    world.adapters.slots[:2] = [A, B]
+    world.adapters.put(A, B)
     world.submit([1], LONG, A)
     parked = world.submit([1], LONG, A2)
     steps(world, 20)
     other = world.submit([1], LONG, B)
     steps(world, 1)
     assert running([parked, other]) == [False, True]
-    world.adapters.slots[2] = A2
+    world.adapters.put(A, B, A2)
     world.limits["a"] = AdapterLimits()
     world.engine.limits_changed()
     steps(world, 2)
@@ -157,7 +157,7 @@ def test_caps_hold_and_everything_ends(caps, num_slots, num_blocks, seed):
 
 def test_no_more_wait_than_may_and_others_are_accepted():
     world = World(max_running=1, limits={"a": AdapterLimits(max_waiting=2)})
-    world.adapters.slots[:2] = [A, A2]
+    world.adapters.put(A, A2)
     for adapter in (A, A2):
         world.submit([1], LONG, adapter)
     with pytest.raises(AdapterQueueFullError, match=r"'a' has .* may wait \(2\)") as caught:
@@ -208,7 +208,7 @@ def test_prompt_and_generated_tokens_count_and_the_refusal_says_when_to_come_bac
 
 def test_refused_request_uses_up_nothing():
     world = World(max_running=1, limits={"a": AdapterLimits(max_waiting=1, tokens_per_minute=100)})
-    world.adapters.slots[0] = A
+    world.adapters.put(A)
     world.submit(prompt_of(1, 60), LONG, A)
     for _ in range(5):
         with pytest.raises(AdapterQueueFullError):

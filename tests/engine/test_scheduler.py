@@ -22,7 +22,7 @@ class Bench:
         self.adapters = FakeAdapters(num_slots, load_steps=load_steps)
         self.blocks = BlockManager(num_blocks, 4)
         defaults = {"max_running": 8, "token_budget": 16, "watermark": 0.0, "starvation_bound_s": 100.0}
-        self.scheduler = Scheduler(self.blocks, self.adapters, **(defaults | settings))
+        self.scheduler = Scheduler(self.blocks, self.adapters.port, **(defaults | settings))
         self.now = 0.0
         self.count = 0
 
@@ -135,7 +135,7 @@ def test_youngest_is_preempted_and_keeps_output_and_pin_but_not_its_slot():
         preempted = bench.step().preempted
     assert preempted == [young]
     assert young.phase is Phase.WAITING
-    assert young.slot == -1 and bench.adapters.active[A] == 0 and bench.adapters.pins[A] == 1
+    assert young.slot == -1 and bench.adapters.num_users(A) == 0 and bench.adapters.pins[A.versions[0]] == 1
     assert young.block_table == [] and young.num_computed_tokens == 0
     assert young.output_token_ids
     num_output = len(young.output_token_ids)
@@ -171,12 +171,12 @@ def test_adapter_of_a_request_that_waits_for_blocks_stays_active():
     for _ in range(5):
         bench.step()
         assert first.num_preemptions == 0
-    assert large.phase is Phase.WAITING and large.slot == 0 and bench.adapters.active[A] == 1
+    assert large.phase is Phase.WAITING and large.slot == 0 and bench.adapters.num_users(A) == 1
     bench.scheduler.remove(first)
     bench.step()
     assert large.phase is Phase.RUNNING
     bench.scheduler.remove(large)
-    assert bench.adapters.active[A] == 0
+    assert bench.adapters.num_users(A) == 0
     for _ in range(3):
         bench.step()
     assert other.phase is Phase.RUNNING
@@ -189,10 +189,10 @@ def test_removing_a_waiting_request_gives_its_reserved_slot_back():
     blocked = bench.add(9, A)
     bench.step()
     bench.step()
-    assert bench.adapters.active[A] == 1
+    assert bench.adapters.num_users(A) == 1
     bench.scheduler.remove(blocked)
     bench.scheduler.remove(blocked)
-    assert bench.adapters.active[A] == 0
+    assert bench.adapters.num_users(A) == 0
     assert bench.scheduler.num_waiting == 0
 
 
@@ -200,7 +200,7 @@ def test_all_waiting_requests_of_a_failed_version_fail_and_no_others():
     bench = Bench(num_slots=2)
     doomed = [bench.add(2, A), bench.add(2, A)]
     alive = bench.add(2, B)
-    bench.adapters.failed.add(A)
+    bench.adapters.fail(A)
     plan = bench.step()
     assert [request for request, _ in plan.failed] == doomed
     assert all(isinstance(error, AdapterUnloadedError) for _, error in plan.failed)
@@ -285,7 +285,7 @@ def test_adapter_that_is_ready_is_found_among_many_that_are_not():
     bench.step()
     while bench.scheduler.wants_another_pass:
         bench.step()
-    bench.adapters.slots[0] = requests[20].adapter
+    bench.adapters.put(requests[20].adapter)
     bench.scheduler.adapter_ready()
     passes = 0
     while bench.scheduler.wants_another_pass:

@@ -11,7 +11,7 @@ from lorikeet.server.engine.limits import AdapterLimits
 from lorikeet.server.engine.request import Phase
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-from .fake_world import NEVER, World, prompt_of, version
+from .fake_world import LEASE_ROUNDS, NEVER, World, blend, prompt_of, version
 
 BOUND_S = 4.0
 MAX_WAIT_S = 7.0
@@ -22,28 +22,40 @@ LOAD_STEPS = 2
 LONG = SamplingParams(temperature=0.0, max_tokens=100)
 
 
-def endless(world: World, num_adapters: int, rng: random.Random, rate: int, strangers: bool = False) -> None:
+def endless(
+    world: World, num_adapters: int, rng: random.Random, rate: int, strangers: bool = False, composed: bool = False
+) -> None:
     """Arrivals of one round: the first adapters are the most popular, and one is always asked for.
 
     With strangers, there is one more for an adapter that hardly anybody else asks for, and adapters have two versions.
+    With composed, half of them are for two adapters at once, as far as there are slots for two.
     """
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     for i in range(rate + strangers):
         index = 0 if i == 0 else min(rng.randrange(num_adapters), rng.randrange(num_adapters))
         content = str(rng.randint(1, 2)) if strangers else "1"
         adapter = None if rng.random() < 0.1 else version(f"v{index}", content)
+        if composed and adapter is not None and len(world.adapters.slots) > 1 and rng.random() < 0.5:
+            adapter = blend((f"v{index}", 0.5), (f"w{rng.randrange(num_adapters)}", rng.choice([0.5, 1.0])))
         if i == rate:
             adapter = version(f"stranger{len(world.clients) % NUM_STRANGERS}")
         world.submit([rng.randrange(26) for _ in range(rng.randint(1, PROMPT))], params, adapter)
 
 
 def rounds_until_all_end(
-    world: World, requests, num_adapters: int, rng: random.Random, rate: int, limit: int, strangers: bool = False
+    world: World,
+    requests,
+    num_adapters: int,
+    rng: random.Random,
+    rate: int,
+    limit: int,
+    strangers: bool = False,
+    composed: bool = False,
 ) -> int:
     for i in range(limit):
         if all(request.phase is Phase.FINISHED for request in requests):
             return i
-        endless(world, num_adapters, rng, rate, strangers)
+        endless(world, num_adapters, rng, rate, strangers, composed)
         world.engine.step()
         world.clock.now += 1.0
     return limit
@@ -61,10 +73,11 @@ LIMITS = st.builds(
     num_blocks=st.sampled_from([5, 12, 100]),
     rate=st.integers(1, 3),
     strangers=st.booleans(),
-    limits=st.dictionaries(st.sampled_from(["", "rare", "v0", "v1", "v2", "stranger0"]), LIMITS),
+    composed=st.booleans(),
+    limits=st.dictionaries(st.sampled_from(["", "rare", "v0", "v1", "v2", "w0", "stranger0"]), LIMITS),
     seed=st.integers(0, 2**16),
 )
-def test_no_request_starves(num_slots, surplus, num_blocks, rate, strangers, limits, seed):
+def test_no_request_starves(num_slots, surplus, num_blocks, rate, strangers, composed, limits, seed):
     rng = random.Random(seed)
     world = World(
         num_slots=num_slots,
@@ -80,21 +93,25 @@ def test_no_request_starves(num_slots, surplus, num_blocks, rate, strangers, lim
     )
     num_adapters = num_slots + surplus
     for _ in range(10):
-        endless(world, num_adapters, rng, rate, strangers)
+        endless(world, num_adapters, rng, rate, strangers, composed)
         world.engine.step()
         world.clock.now += 1.0
-    # The one that nobody else asks for, behind everything that has gathered.
-    victim = world.submit([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), version("rare"))
+    # The one that nobody else asks for, behind everything that has gathered, alone or with the most popular ones.
+    rare = version("rare")
+    if composed and num_slots > 1:
+        rare = blend(("rare", 1.0), *((f"v{i}", 1.0) for i in range(num_slots - 1)))
+    victim = world.submit([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), rare)
     older = [client.request for client in world.clients if client.request.phase is not Phase.FINISHED]
     # Each of them is the oldest at some time. Then it needs at most: the end of what runs of its own adapter, and
     # `max_wait_s` to be first; twice the bound to clear the slots, one request's length for those that still run, and a
     # load (after the loads that were asked for before it), all of it again if it lost its slot; and its own length.
     length = PROMPT + MAX_TOKENS
-    num_versions = 2 * num_adapters + NUM_STRANGERS if strangers else num_adapters
-    load = 2 * BOUND_S + length + (LOAD_STEPS + 1) * (num_versions + 2)
+    num_versions = (2 * num_adapters + NUM_STRANGERS if strangers else num_adapters) + composed * num_adapters
+    # The members of another composition may be kept for a turn and a lease, and then comes a rest.
+    load = composed * 5 * LEASE_ROUNDS + 2 * BOUND_S + length + (LOAD_STEPS + 1) * (num_versions + 2)
     turn = length + MAX_WAIT_S + 2 * load + length
     limit = int(len(older) * turn)
-    taken = rounds_until_all_end(world, older, num_adapters, rng, rate, limit, strangers)
+    taken = rounds_until_all_end(world, older, num_adapters, rng, rate, limit, strangers, composed)
     assert taken < limit
     assert victim.end is not None
     world.scheduler.check_integrity()
@@ -119,8 +136,7 @@ def test_with_the_bound_the_same_request_gets_in():
 
 def resident(world: World, *adapters) -> None:
     """Put versions on the device; nothing else comes in (load_steps is NEVER)."""
-    for slot, adapter in enumerate(adapters):
-        world.adapters.slots[slot] = adapter
+    world.adapters.put(*adapters)
 
 
 def test_what_younger_requests_may_do_while_one_is_blocked():
@@ -211,4 +227,4 @@ def test_untried_lane_is_asked_for_though_newcomers_use_up_the_tries():
         world.engine.step()
         for newcomer in newcomers:
             world.engine.abort(newcomer.request.request_id)
-    assert victim.request.adapter in asked
+    assert victim.request.adapter.versions[0] in asked

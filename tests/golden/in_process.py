@@ -1,13 +1,14 @@
 """A whole server but for gRPC, in this process: the parts exactly as `lorikeet serve` assembles them."""
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lorikeet.adapters.composition import Wish
 from lorikeet.server.app import App, assemble
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
@@ -48,12 +49,16 @@ class Answer:
 
 
 class Call:
-    """One submitted request."""
+    """One submitted request, of the base (""), of one adapter, or of several with their weights."""
 
-    def __init__(self, app: App, name: str, adapter: str, prompt: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, app: App, name: str, adapter: str | Mapping[str, float], prompt: Sequence[int], params: SamplingParams
+    ) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        version = app.manager.resolve(adapter) if adapter else None
-        self.request = Request(name, list(prompt), params, version, self._events.put)
+        members = {adapter: 1.0} if isinstance(adapter, str) else adapter
+        wishes = [Wish(reference, weight, "adapters") for reference, weight in members.items() if reference]
+        adaptation = app.composition.resolve(wishes) if wishes else None
+        self.request = Request(name, list(prompt), params, adaptation, self._events.put)
         app.engine.submit(self.request)
 
     def result(self, timeout_s: float = 120.0) -> Answer:

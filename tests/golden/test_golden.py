@@ -11,7 +11,8 @@ import pytest
 import torch
 from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.device_store import DeviceStore
-from lorikeet.adapters.layers import LoraBatch, LoraLinear
+from lorikeet.adapters.layers import LoraLinear
+from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.adapters.packing import pack_adapter
 from lorikeet.server.app import App
 from lorikeet.server.base.loader import load_base
@@ -68,8 +69,10 @@ def with_adapters(golden: Golden) -> tuple[BaseModel, LoraBatch, dict[str, int]]
     store = DeviceStore(base.site_table, torch.float32, base.device, 16 * 2**20, max_slots=16)
     slots = {"": -1}
     for name in golden.names:
-        checkpoint = load_checkpoint(golden.adapters / name, base.site_table, base.fingerprint)
-        packed = pack_adapter(checkpoint, base.site_table, dtype=torch.float32, pin_memory=False)
+        checkpoint = load_checkpoint(golden.adapters / name, base.site_table, base.module_table, base.fingerprint)
+        packed = pack_adapter(
+            checkpoint, base.site_table, base.module_table, base.weights, dtype=torch.float32, pin_memory=False
+        )
         slot = store.install(packed)
         assert slot is not None
         slots[name] = slot

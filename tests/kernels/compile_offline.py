@@ -2,7 +2,8 @@
 
 A script, because Triton decides between compiler and interpreter for good when it is imported:
 `compile_offline.py CAPABILITY`, for example 90, prints one JSON object for each kernel: its name, its shared memory in
-bytes, and the widths in bytes of its asynchronous copies from global to shared memory.
+bytes, the widths in bytes of its asynchronous copies from global to shared memory, and the bits of its widest load from
+global memory.
 """
 
 import json
@@ -32,10 +33,12 @@ def main() -> None:
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         kernel = compile_only(self, *args, **{**kwargs, "warmup": True})
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*, 0x([0-9a-f]+), ", kernel.asm["ptx"])
+        loads = re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
         report = {
             "name": self.fn.__name__,
             "shared": kernel.metadata.shared,
             "copy_widths": sorted({int(width, 16) for width in copies}),
+            "widest_load": max((int(count or 1) * int(bits) for count, bits in loads), default=0),
         }
         print(json.dumps(report), flush=True)
 
@@ -58,8 +61,11 @@ def lora(num_tokens: int, dtype: torch.dtype) -> None:
     )
     x = torch.empty(num_tokens, in_features, dtype=dtype)
     h = lora_triton.lora_shrink(x, arena, *tables, 48, num_splits=1)
+    lora_triton.lora_shrink(x, arena, *tables, 48, torch.ones(64), num_splits=1)
     y = torch.empty(num_tokens, sum(slice_widths), dtype=dtype)
     lora_triton.lora_expand_(y, h, arena, *tables, slice_widths, in_features)
+    offsets, _, seg_starts, seg_slots = tables
+    lora_triton.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
 
 
 def attention(max_query_len: int) -> None:

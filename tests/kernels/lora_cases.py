@@ -22,6 +22,7 @@ class LoraCase:
         arena: NaN outside the blocks of slots that the segments use.
         tables: offsets, ranks, seg_starts, seg_slots.
         slice_widths: of the site.
+        weights: float32, one a segment, NaN for those of the base.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class LoraCase:
     arena: Tensor
     tables: tuple[Tensor, Tensor, Tensor, Tensor]
     slice_widths: list[int]
+    weights: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -96,19 +98,21 @@ def make_case(
     y[:num_rows] = torch.randn(num_rows, sum(slice_widths), generator=generator)
     y[:num_rows, ::7] = -0.0  # adding 0.0 to it would flip its sign: no bit may change where no adapter adds
     slots = torch.tensor([slot for slot, _ in segments], dtype=torch.int32)
+    weights = torch.randn(len(segments), generator=generator).masked_fill_(slots < 0, torch.nan)
     return LoraCase(
         x.to(device, dtype),
         y.to(device, dtype),
         arena.to(device, dtype),
         (offsets.to(device), slot_ranks.to(device), starts.to(device), slots.to(device)),
         list(slice_widths),
+        weights.to(device),
     )
 
 
 def assert_equals_reference(
     case: LoraCase, shrink: Shrink, expand_: Expand, tolerance: tuple[float, float], max_rank: int | None = None
 ) -> None:
-    """Runs both operators and compares them with the reference.
+    """Runs both operators, shrink with and without weights, and compares them with the reference.
 
     Base rows and slices of rank 0 must come out equal bit for bit, rows of no segment untouched, and nothing that is
     NaN in the case or outside h's defined columns may reach a result.
@@ -119,6 +123,9 @@ def assert_equals_reference(
     h = shrink(case.x, case.arena, *case.tables, max_rank)
     assert h.shape == expected_h.shape and h.dtype == torch.float32
     torch.testing.assert_close(h, expected_h, atol=1e-4, rtol=1e-4)
+    weighted_h = shrink(case.x, case.arena, *case.tables, max_rank, case.weights)
+    expected_weighted_h = lora_shrink_reference(case.x, case.arena, *case.tables, max_rank, case.weights)
+    torch.testing.assert_close(weighted_h, expected_weighted_h, atol=1e-4, rtol=1e-4)
 
     # What h holds outside the slot's columns must not matter to expand.
     poisoned = torch.full_like(expected_h, torch.nan)
@@ -134,10 +141,10 @@ def assert_equals_reference(
     y = case.y.clone()
     expand_(y, poisoned, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
     untouched = untouched.to(y.device)
-    assert torch.equal(_bits(y)[untouched], _bits(case.y)[untouched])
+    assert torch.equal(bits(y)[untouched], bits(case.y)[untouched])
     torch.testing.assert_close(y[~untouched], expected_y[~untouched], atol=atol, rtol=rtol)
 
 
-def _bits(values: Tensor) -> Tensor:
+def bits(values: Tensor) -> Tensor:
     """The values as integers, so that a NaN equals itself."""
     return values.view(torch.int32 if values.element_size() == 4 else torch.int16)

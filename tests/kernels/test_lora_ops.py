@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,20 +72,29 @@ def test_a_slot_may_own_several_segments():
     check(make_case([(1, 2), (1, 2), (0, 2), (1, 1), (1, 0), (1, 20)]))
 
 
+def test_segments_of_different_weights_share_a_matmul(monkeypatch):
+    case = make_case([(slot, 2) for slot in range(8)], ranks=EQUAL_RANKS, aligned=True)
+    assert len(case.weights.unique()) == 8
+    sizes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: sizes.append(len(args[0])) or bmm(*args))
+    lora.lora_shrink(case.x, case.arena, *case.tables, case.max_rank, case.weights)
+    assert sizes == [8]
+
+
 def test_strided_rows_and_tables():
     case = make_case([(-1, 1), (0, 2), (2, 2)])
     x, y = torch.zeros(8, 60), torch.zeros(8, 240)
     x[:, :48], y[:, :230] = case.x, case.y
     offsets, ranks, starts, slots = case.tables
     wide_ranks = torch.cat([ranks, torch.full_like(ranks, 9)], dim=1)[:, :3]
-    check(LoraCase(x[:, :48], y[:, :230], case.arena, (offsets, wide_ranks, starts, slots), case.slice_widths))
+    check(replace(case, x=x[:, :48], y=y[:, :230], tables=(offsets, wide_ranks, starts, slots)))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_arena_may_be_a_part_of_a_larger_tensor(aligned):
     case = make_case([(0, 2), (1, 2), (2, 2), (4, 17)], ranks=EQUAL_RANKS, aligned=aligned)
     larger = torch.cat([torch.full((7,), torch.nan), case.arena])
-    check(LoraCase(case.x, case.y, larger[7:], case.tables, case.slice_widths))
+    check(replace(case, arena=larger[7:]))
 
 
 def test_no_rows():
@@ -97,6 +107,8 @@ def test_direct_call_and_operator_agree():
     args = (case.x, case.arena, *case.tables, case.max_rank)
     h = torch.ops.lorikeet.lora_shrink(*args)
     assert torch.equal(h, lora.lora_shrink(*args))
+    weighted = torch.ops.lorikeet.lora_shrink(*args, seg_weights=case.weights)
+    assert torch.equal(weighted, lora.lora_shrink(*args, case.weights)) and not torch.equal(weighted, h)
     by_operator, direct = case.y.clone(), case.y.clone()
     rest = (h, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
     torch.ops.lorikeet.lora_expand_(by_operator, *rest)
@@ -108,9 +120,9 @@ def test_direct_call_and_operator_agree():
 def test_opcheck(dtype):
     case = make_case(get_segments("zipf", 12, 5), dtype=dtype, padding_rows=0)
     h = lora_cpu.lora_shrink(case.x, case.arena, *case.tables, case.max_rank)
-    torch.library.opcheck(
-        torch.ops.lorikeet.lora_shrink, (case.x, case.arena.nan_to_num(), *case.tables, case.max_rank)
-    )
+    args = (case.x, case.arena.nan_to_num(), *case.tables, case.max_rank)
+    torch.library.opcheck(torch.ops.lorikeet.lora_shrink, args)
+    torch.library.opcheck(torch.ops.lorikeet.lora_shrink, (*args, case.weights))
     torch.library.opcheck(
         torch.ops.lorikeet.lora_expand_,
         (case.y, h, case.arena.nan_to_num(), *case.tables, case.slice_widths, case.x.shape[1]),
@@ -136,11 +148,14 @@ def test_fake_knows_shape_and_dtype():
         (3, torch.zeros(2, 3, dtype=torch.int64), r"ranks must be int32 \[2, num_slices\]"),
         (4, torch.zeros(5, dtype=torch.int32), r"seg_starts must be int32 \[2\]"),
         (5, torch.zeros(1, dtype=torch.int64), "seg_slots must be int32"),
+        (7, torch.ones(1, dtype=torch.float64), r"seg_weights must be float32 \[1\], got torch.float64"),
+        (7, torch.ones(2), r"seg_weights must be float32 \[1\], got torch.float32 \[2\]"),
+        (7, torch.ones(()), r"seg_weights must be float32 \[1\]"),
     ],
 )
 def test_shrink_states_what_is_wrong(position, wrong, message):
     case = make_case([(0, 3)], ranks=[(4, 0, 2)], padding_rows=0)
-    args = [case.x, case.arena, *case.tables, 6]
+    args = [case.x, case.arena, *case.tables, 6, torch.ones(1)]
     args[position] = wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lorikeet.lora_shrink(*args)

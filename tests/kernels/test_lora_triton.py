@@ -6,6 +6,7 @@ import pytest
 import torch
 from lorikeet.kernels import lora
 
+from .lora_affine_cases import AFFINE_TOLERANCES, NUM_SLOTS, assert_affine_equals_reference, make_affine_case
 from .lora_cases import assert_equals_reference, make_case
 from .popularity import POPULARITIES, get_segments
 
@@ -89,6 +90,30 @@ def test_no_rows_interpreted(interpreted):
     assert_equals_reference(case, interpreted.lora_shrink, interpreted.lora_expand_, TOLERANCES[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", list(AFFINE_TOLERANCES), ids=str)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_affine_interpreted(interpreted, popularity, dtype):
+    segments = get_segments(popularity, 14, NUM_SLOTS)
+    assert_affine_equals_reference(make_affine_case(segments, width=33, dtype=dtype), interpreted.lora_affine_)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("width", [1, 512, 577, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_affine_widths_interpreted(interpreted, width, dtype, aligned):
+    case = make_affine_case([(-1, 2), (0, 6), (1, 1), (2, 0), (3, 3)], width=width, dtype=dtype, aligned=aligned)
+    assert_affine_equals_reference(case, interpreted.lora_affine_)
+
+
+def test_affine_prefill_tiles_interpreted(interpreted):
+    case = make_affine_case([(-1, 9), (3, 70), (1, 30), (0, 1), (2, 33), (3, 0)], width=33)
+    assert_affine_equals_reference(case, interpreted.lora_affine_)
+
+
+def test_affine_of_no_rows_interpreted(interpreted):
+    assert_affine_equals_reference(make_affine_case([], padding_rows=0), interpreted.lora_affine_)
+
+
 def test_splits_fill_the_gpu_but_no_more(interpreted):
     assert interpreted._choose_splits(num_programs=1, most=0) == 1
     assert interpreted._choose_splits(num_programs=1, most=7) == 4
@@ -129,6 +154,18 @@ def test_shapes_on_cuda(in_features, slice_widths, dtype, aligned):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(AFFINE_TOLERANCES), ids=str)
+@pytest.mark.parametrize("num_rows", [1, 128, 700])
+@pytest.mark.parametrize("width", [33, 577, 6144])
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_affine_on_cuda(popularity, width, num_rows, dtype):
+    segments = get_segments(popularity, num_rows, NUM_SLOTS)
+    for aligned in (True, False):
+        case = make_affine_case(segments, width=width, dtype=dtype, aligned=aligned, device="cuda")
+        assert_affine_equals_reference(case, lora.lora_affine_)
+
+
+@pytest.mark.gpu
 def test_same_input_same_bits_on_cuda():
     case = make_case(get_segments("zipf", 64, 5), in_features=4096, dtype=torch.bfloat16, device="cuda")
     args = (case.x, case.arena, *case.tables, case.max_rank)
@@ -141,9 +178,13 @@ def test_opcheck_on_cuda():
     case = make_case(get_segments("zipf", 12, 5), padding_rows=0, device="cuda")
     arena = case.arena.nan_to_num()
     h = lora.lora_shrink(case.x, arena, *case.tables, case.max_rank)
-    torch.library.opcheck(torch.ops.lorikeet.lora_shrink, (case.x, arena, *case.tables, case.max_rank))
+    args = (case.x, arena, *case.tables, case.max_rank)
+    torch.library.opcheck(torch.ops.lorikeet.lora_shrink, args)
+    torch.library.opcheck(torch.ops.lorikeet.lora_shrink, (*args, case.weights))
     rest = (*case.tables, case.slice_widths, case.x.shape[1])
     torch.library.opcheck(torch.ops.lorikeet.lora_expand_, (case.y, h, arena, *rest))
+    affine = make_affine_case(get_segments("zipf", 12, NUM_SLOTS), padding_rows=0, device="cuda")
+    torch.library.opcheck(torch.ops.lorikeet.lora_affine_, (affine.y, affine.arena.nan_to_num(), *affine.tables))
 
 
 @pytest.mark.gpu
@@ -159,6 +200,9 @@ def test_graph_captured_with_one_adapter_replays_with_many(num_rows):
     starts = torch.zeros(num_rows + 1, dtype=torch.int32, device="cuda")
     slots = torch.full((num_rows,), -1, dtype=torch.int32, device="cuda")
     max_rank = int(slot_ranks.sum(dim=1).max())
+    affines = torch.rand(2 * 960 * 8, device="cuda").to(torch.bfloat16)
+    affine_offsets = torch.tensor([-1 if slot % 9 == 8 else slot % 9 * 2 * 960 for slot in range(32)], device="cuda")
+    weights = torch.rand(num_rows, device="cuda")
 
     def fill(segments):
         ends = torch.tensor([rows for _, rows in segments]).cumsum(0)
@@ -166,21 +210,22 @@ def test_graph_captured_with_one_adapter_replays_with_many(num_rows):
         starts[1 : len(segments) + 1] = ends
         slots.fill_(-1)[: len(segments)] = torch.tensor([slot for slot, _ in segments], dtype=torch.int32)
 
-    def step():
-        h = lora.lora_shrink(x, arena.arena, offsets, slot_ranks, starts, slots, max_rank)
-        lora.lora_expand_(y, h, arena.arena, offsets, slot_ranks, starts, slots, arena.slice_widths, 48)
+    def step(out):
+        lora.lora_affine_(out, affines, affine_offsets, starts, slots)
+        h = lora.lora_shrink(x, arena.arena, offsets, slot_ranks, starts, slots, max_rank, weights)
+        lora.lora_expand_(out, h, arena.arena, offsets, slot_ranks, starts, slots, arena.slice_widths, 48)
 
     fill([(3, num_rows)])
-    step()  # compiles
+    step(y)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(y)
     for popularity in ("distinct", "zipf", "base", "uniform", "identical"):
         fill(get_segments(popularity, num_rows - 3, 32))
         x.normal_()
         y.normal_()
+        weights.normal_()
         expected = y.clone()
-        h = lora.lora_shrink(x, arena.arena, offsets, slot_ranks, starts, slots, max_rank)
-        lora.lora_expand_(expected, h, arena.arena, offsets, slot_ranks, starts, slots, arena.slice_widths, 48)
+        step(expected)
         graph.replay()
         torch.testing.assert_close(y, expected, atol=0, rtol=0)

@@ -21,9 +21,11 @@ def test_kernels_compile_for_sm_90(tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     names = {kernel["name"] for kernel in kernels}
-    assert names >= {"shrink_kernel", "expand_kernel", "_paged_attention_kernel", "_kv_write_kernel"}
+    assert names >= {"shrink_kernel", "expand_kernel", "affine_kernel", "_paged_attention_kernel", "_kv_write_kernel"}
     for kernel in kernels:
         assert kernel["shared"] <= MAX_SHARED_BYTES, kernel
         if kernel["name"] in ("shrink_kernel", "expand_kernel"):
             # Weights whose block is aligned, which only the kernel can find out, come in 16 bytes at a time.
             assert 16 in kernel["copy_widths"], kernel
+        if kernel["name"] == "affine_kernel":
+            assert kernel["widest_load"] == 128, kernel  # the same of gains and offsets, which go to registers

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 import structlog
+from lorikeet.adapters.adapter_tokenizer import BASE_VOCABULARY, AdapterVocabulary
+from lorikeet.adapters.composition import CompositionPort
 from lorikeet.adapters.errors import AdapterNotFoundError, ServingError
 from lorikeet.adapters.reference import parse_reference
 from lorikeet.adapters.version import AdapterVersion
@@ -31,6 +33,11 @@ from .fake_manager import FakeManager
 
 VOCAB_SIZE = 100
 MAX_CONTEXT = 64
+VERSIONS = {
+    "kjv": AdapterVersion("kjv", "d1" * 32),
+    "prod": AdapterVersion("kjv", "d1" * 32),
+    "devil": AdapterVersion("devil", "d2" * 32),
+}
 
 
 class FakeTokenizer:
@@ -92,21 +99,35 @@ class FakeEngine:
 
 @dataclass
 class FakeAdapters:
-    """Knows one adapter, `kjv`, and its alias `prod`."""
+    """Knows the adapters `kjv`, with its alias `prod`, and `devil`."""
 
     pins: int = 0
     fail: ServingError | None = None
     resolved: list[tuple[str, str]] = field(default_factory=list)
 
+    refuse: ServingError | None = None  # compositions
+    composition: CompositionPort = field(init=False)
+    on_ready: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.composition = CompositionPort(self, 4)
+
     def resolve(self, reference: str, routing_key: str) -> AdapterVersion:
         if self.fail is not None:
             raise self.fail
         name = parse_reference(reference).name
-        if name not in ("kjv", "prod"):
+        if name not in VERSIONS:
             raise AdapterNotFoundError(f"There is no adapter {name!r}.", {"adapter_id": name})
         self.resolved.append((reference, routing_key))
         self.pins += 1
-        return AdapterVersion("kjv", "d1" * 32)
+        return VERSIONS[name]
+
+    def check_composition(self, members: Sequence[tuple[AdapterVersion, float]]) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+
+    def vocabulary(self, versions: Iterable[AdapterVersion]) -> AdapterVocabulary:
+        return BASE_VOCABULARY
 
     def release(self, version: AdapterVersion) -> None:
         self.pins -= 1
@@ -158,7 +179,7 @@ async def loopback(engine: FakeEngine | None = None, access: Access | None = Non
     prompts = PromptEncoder(FakeTokenizer(), VOCAB_SIZE)
     bridge = EventBridge(asyncio.get_running_loop())
     server = grpc.aio.server(interceptors=[ErrorInterceptor(lambda *call: calls.append(call))])
-    service = GenerationService(engine, adapters, prompts, bridge, MAX_CONTEXT, access)
+    service = GenerationService(engine, adapters.composition, prompts, bridge, MAX_CONTEXT, access)
     add_GenerationServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -180,7 +201,8 @@ async def serve(
     """A whole server on a free port of this process, and a channel with these options to it."""
     prompts = PromptEncoder(FakeTokenizer(), VOCAB_SIZE)
     bridge = EventBridge(asyncio.get_running_loop())
-    generation = GenerationService(engine or FakeEngine(), FakeAdapters(), prompts, bridge, MAX_CONTEXT, access)
+    composition = FakeAdapters().composition
+    generation = GenerationService(engine or FakeEngine(), composition, prompts, bridge, MAX_CONTEXT, access)
     adapters = AdapterService(manager or FakeManager(), access)
     server = GrpcServer(2**20, lambda *call: None)
     port = await server.start("127.0.0.1", 0, generation, adapters)

@@ -225,9 +225,9 @@ def test_inspect_tells_what_a_folder_holds(tiny_adapters, capsys):
 
 def test_inspect_says_why_a_server_would_refuse(tiny_adapters, tmp_path, capsys):
     config = json.loads((tiny_adapters / "cedar" / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
     (tmp_path / "adapter_model.safetensors").write_bytes(
         (tiny_adapters / "cedar" / "adapter_model.safetensors").read_bytes()
     )
     assert cli.run(["adapters", "inspect", str(tmp_path)]) == 2
-    assert "use_dora" in capsys.readouterr().err
+    assert "use_qalora" in capsys.readouterr().err

@@ -99,11 +99,11 @@ def test_json_has_every_module(cedar, tiny_model, capsys):
 
 
 def test_json_says_why_a_server_would_refuse(cedar, capsys):
-    edit_config(cedar, use_dora=True)
+    edit_config(cedar, use_qalora=True)
     assert inspect(cedar, None, True) == 2
     captured = capsys.readouterr()
     problem = json.loads(captured.out)["problem"]
-    assert problem["reason"] == "ADAPTER_INCOMPATIBLE" and "use_dora" in problem["message"]
+    assert problem["reason"] == "ADAPTER_INCOMPATIBLE" and "use_qalora" in problem["message"]
 
 
 def test_folder_that_is_not_there_is_a_problem(tmp_path, capsys):

@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+from lorikeet.adapters.adaptation import Adaptation
+from lorikeet.adapters.composition import Wish
 from lorikeet.adapters.errors import AdapterDigestError, AdapterIdError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.protos.v1 import generation_pb2 as pb
@@ -82,18 +84,18 @@ def test_malformed_digest_prefix_is_refused(prefix):
     assert caught.value.metadata["field"] == "adapter_id"
 
 
-def test_reference_is_taken_apart_and_kept():
+def test_reference_is_kept():
     parsed = convert.parse_generation(request(adapter_id="kjv@ABCD", routing_key="Käthe 7"))
-    assert (parsed.reference, parsed.name, parsed.routing_key) == ("kjv@ABCD", "kjv", "Käthe 7")
+    assert (parsed.wishes, parsed.routing_key) == ((Wish("kjv@ABCD", 1.0, "adapter_id"),), "Käthe 7")
     parsed = convert.parse_generation(request(routing_key="x" * 256))
-    assert (parsed.reference, parsed.name, len(parsed.routing_key)) == ("", "", 256)
+    assert (parsed.wishes, len(parsed.routing_key)) == ((), 256)
 
 
 def test_unset_fields_get_the_defaults_of_sampling_params():
     parsed = convert.parse_generation(pb.GenerateRequest(prompt="x"))
     assert parsed.params == SamplingParams(max_tokens=convert.DEFAULT_MAX_TOKENS)
     assert parsed.max_tokens is None
-    assert (parsed.reference, parsed.name, parsed.routing_key) == ("", "", "")
+    assert (parsed.wishes, parsed.is_composed, parsed.routing_key) == ((), False, "")
 
 
 def test_zero_is_not_unset():
@@ -151,11 +153,11 @@ def test_prompt_beyond_the_context_is_refused(max_tokens, prompt_tokens, message
 
 
 def test_stream_and_unary_answers_say_the_same():
-    version = AdapterVersion("kjv", "d" * 64)
+    by = convert.answering(Adaptation.single(AdapterVersion("kjv", "d" * 64)), is_composed=False)
     logprob = TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0)))
     deltas = [Delta("He", (7,), (logprob,)), Delta("llo", (8, 9))]
     end = Finished(FinishReason.STOP, 4, 2, 3, stop="END")
-    whole = convert.unary_response("id", version, deltas, end)
+    whole = convert.unary_response("id", by, deltas, end)
     parts = [convert.stream_response(event) for event in [*deltas, end]]
     assert whole.text == "".join(part.delta.text for part in parts) == "Hello"
     assert list(whole.token_ids) == [token for part in parts for token in part.delta.token_ids] == [7, 8, 9]
@@ -165,16 +167,18 @@ def test_stream_and_unary_answers_say_the_same():
     assert whole.usage == finished.usage == pb.Usage(prompt_tokens=4, cached_tokens=2, generated_tokens=3)
     assert whole.finish_reason == finished.finish_reason == pb.FINISH_REASON_STOP
     assert whole.stop_string == finished.stop_string == "END"
-    assert whole.adapter == convert.started("id", version, 4).started.adapter
+    assert whole.adapter == convert.started("id", by, 4).started.adapter
     assert whole.adapter.version == "d" * 64
 
 
 @pytest.mark.parametrize(("stop", "field"), [(0, "stop_token_id"), ("x", "stop_string"), (None, None)])
 def test_what_stopped_an_output(stop, field):
     end = Finished(FinishReason.STOP, 1, 0, 1, stop=stop)
-    assert convert.unary_response("id", None, [], end).WhichOneof("stopped_by") == field
+    base = convert.answering(None, is_composed=False)
+    assert convert.unary_response("id", base, [], end).WhichOneof("stopped_by") == field
     assert convert.stream_response(end).finished.WhichOneof("stopped_by") == field
 
 
 def test_base_answers_have_an_empty_version():
-    assert convert.adapter_version(None) == pb.AdapterVersion()
+    base = convert.answering(None, is_composed=False)
+    assert (base.adapter, base.adapters) == (pb.AdapterVersion(), ())

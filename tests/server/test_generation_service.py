@@ -6,6 +6,7 @@ import threading
 import grpc
 import pytest
 import structlog
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.errors import AdapterDigestError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.protos.v1 import generation_pb2 as pb
@@ -54,7 +55,7 @@ async def test_engine_gets_the_checked_request():
         )
     [request] = server.engine.submitted
     assert request.prompt_token_ids == [1, ord("a"), ord("b")]
-    assert request.adapter == AdapterVersion("kjv", "d1" * 32)
+    assert request.adapter == Adaptation.single(AdapterVersion("kjv", "d1" * 32))
     assert request.params.greedy
     assert request.params.max_tokens == MAX_CONTEXT - 3
     assert 25 < request.deadline - request.arrival <= 30

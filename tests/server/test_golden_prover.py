@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.errors import (
     AdapterInvalidError,
     AdapterNotReadyError,
@@ -75,7 +76,7 @@ class ScriptedEngine:
     def end(self, request_id: str, event: Finished | Failed) -> None:
         request = self._live.pop(request_id, None)
         if request is not None:
-            self.release(request.adapter)
+            self.release(*request.adapter.versions)
             request.emit(event)
 
     def pins_left(self) -> int:
@@ -109,7 +110,7 @@ def test_each_prompt_runs_once_as_a_greedy_request_of_the_version():
     engine, prover = world(answer)
     assert prover(VERSION, file) == f"golden file: 4 prompts, largest difference 0 of {0.01:g}"
     assert tuple(tuple(request.prompt_token_ids) for request in engine.requests) == PROMPTS
-    assert {request.adapter for request in engine.requests} == {VERSION}
+    assert {request.adapter for request in engine.requests} == {Adaptation.single(VERSION)}
     assert all(request.params.greedy and request.params.max_tokens == 1 for request in engine.requests)
     assert engine.pins_left() == 0 and engine.aborted == []
 
@@ -157,9 +158,18 @@ def test_arithmetic_decides_the_tolerance():
 def test_file_for_another_vocabulary_never_reaches_the_model():
     engine, _ = world(lambda engine, request, index: None)
     prover = GoldenProver(engine, engine.hold, engine.release, 20, vocab_size=VOCAB - 1, exact=True)
-    with pytest.raises(AdapterInvalidError, match="vocabulary of 97; the base has 96"):
+    with pytest.raises(AdapterInvalidError, match="vocabulary of 97; here it is 96"):
         prover(VERSION, golden())
+    with pytest.raises(AdapterInvalidError, match="vocabulary of 97; here it is 101"):
+        prover(VERSION, golden(), 101)
     assert engine.requests == []
+
+
+def test_adapter_with_a_vocabulary_of_its_own():
+    file = golden()
+    engine, _ = world(lambda engine, request, index: engine.finish(request, file.logits[index]))
+    prover = GoldenProver(engine, engine.hold, engine.release, 20, vocab_size=VOCAB - 3, exact=True)
+    assert "4 prompts" in prover(VERSION, file, VOCAB)
 
 
 @pytest.mark.parametrize("error", [QueueFullError("full"), DrainingError("ends"), EngineDeadError("dead")], ids=repr)

@@ -61,13 +61,15 @@ class Manager(FakeManager, FakeAdapters):
 
 @pytest.fixture
 def app():
-    registry = CollectorRegistry()
+    registry, manager = CollectorRegistry(), Manager()
     return SimpleNamespace(
         config=ServerConfig(port=0, metrics_port=0, drain_timeout_s=7),
         base=SimpleNamespace(
             tokenizer=FakeTokenizer(), vocab_size=100, device="cpu", compute_dtype="torch.float32", nf4_bytes=1000
         ),
-        manager=Manager(),
+        manager=manager,
+        composition=manager.composition,
+        tokenizers=SimpleNamespace(close=lambda: None),
         state=SimpleNamespace(close=lambda: None),
         policy=PolicyHolder(None),
         watcher=None,

@@ -9,7 +9,7 @@ from lorikeet.adapters.scaling import Scaling
 from lorikeet.server.engine.block_manager import BlockStats
 from lorikeet.server.engine.stats import EngineState, EngineStats
 from lorikeet.server.errors import ConfigError
-from lorikeet.server.metrics import ServerMetrics
+from lorikeet.server.metrics import AdapterLabels, ServerMetrics
 from lorikeet.server.metrics_server import MetricsServer
 from lorikeet.server.metrics_state import StateCollector
 from prometheus_client import CollectorRegistry, generate_latest
@@ -109,6 +109,17 @@ def test_adapters_named_like_our_labels_are_told_apart(registry, metrics):
     assert registry.get_sample_value("lorikeet_preemptions_total", {"adapter": "base"}) is None
     assert registry.get_sample_value("lorikeet_preemptions_total", {"adapter": "adapter/base"}) == 1
     assert registry.get_sample_value("lorikeet_preemptions_total", {"adapter": "adapter/other"}) == 1
+    assert AdapterLabels(3)["composed"] == "adapter/composed"
+
+
+def test_combinations_share_a_label_and_leave_adapters_theirs(registry, metrics):
+    for number in range(50):
+        metrics.on_finished(f"made-up-{number}+kjv", "stop", 2, 0, 1, 0.5)
+    metrics.on_finished("kjv", "stop", 2, 0, 1, 0.5)
+    labels = {"outcome": "stop"}
+    assert registry.get_sample_value("lorikeet_requests_total", labels | {"adapter": "composed"}) == 50
+    assert registry.get_sample_value("lorikeet_requests_total", labels | {"adapter": "kjv"}) == 1
+    assert "made-up" not in generate_latest(registry).decode()
 
 
 def test_failed_loads_make_no_label_of_a_client_s_id(registry, metrics):

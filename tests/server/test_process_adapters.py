@@ -141,7 +141,7 @@ def test_load_of_what_may_not_be_loaded(client, adapter_id, path, code, reason):
         (
             "dora",
             lambda d: (d / "adapter_config.json").write_text(
-                (d / "adapter_config.json").read_text().replace('"use_dora": false', '"use_dora": true')
+                (d / "adapter_config.json").read_text().replace('"use_qalora": false', '"use_qalora": true')
             ),
             "ADAPTER_INCOMPATIBLE",
         ),

@@ -81,7 +81,7 @@ def _no_config(directory: Path) -> None:
 
 def _other_method(directory: Path) -> None:
     config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    (directory / CONFIG).write_text(json.dumps(config | {"use_qalora": True}))
 
 
 TENSOR_SPOILERS: Final = (_nan, _zero, _wrong_shapes)

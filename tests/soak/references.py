@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.golden import Golden, write_golden
 from lorikeet.server.app import App
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
@@ -84,8 +85,8 @@ def _ask_all(
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=2)
     queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
     for i, prompt in enumerate(prompts):
-        version = app.manager.resolve(adapter) if adapter else None
-        app.engine.submit(Request(f"{digest}-{i}", list(prompt), params, version, queues[i].put))
+        adaptation = Adaptation.single(app.manager.resolve(adapter)) if adapter else None
+        app.engine.submit(Request(f"{digest}-{i}", list(prompt), params, adaptation, queues[i].put))
     for i, events in enumerate(queues):
         yield (digest, i), _sure_tokens(events)
 
@@ -95,8 +96,8 @@ def _write_golden(app: App, adapter: str, content: Content, prompts: list[list[i
     for i, prompt in enumerate(prompts):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         params = SamplingParams(temperature=0.0, max_tokens=1)
-        version = app.manager.resolve(adapter)
-        app.engine.submit(Request(f"golden-{i}", list(prompt), params, version, events.put, capture=logits.append))
+        adaptation = Adaptation.single(app.manager.resolve(adapter))
+        app.engine.submit(Request(f"golden-{i}", list(prompt), params, adaptation, events.put, capture=logits.append))
         while not isinstance(events.get(timeout=60), Finished):
             pass
     golden = Golden(content.digest, tuple(map(tuple, prompts)), torch.stack(logits), 0.2, made_by="a quiet server")

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.errors import ServingError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
@@ -123,7 +124,8 @@ class Requester(Actor):
         tokens = self.world.references.prompts[prompt]
         if rng.random() < 0.01:
             tokens = tokens * 1000
-        request = Request(ticket.request_id, list(tokens), params, version, ticket.emit, deadline=ticket.deadline)
+        adaptation = Adaptation.single(version) if version is not None else None
+        request = Request(ticket.request_id, list(tokens), params, adaptation, ticket.emit, deadline=ticket.deadline)
         self._live[ticket.request_id] = ticket
         self.world.add_live(1)
         self.world.count("request")

@@ -1,5 +1,6 @@
 """A tiny NF4 base, adapters of many kinds made by PEFT, and what PEFT answers with each; servers on copies of them."""
 
+import json
 import queue
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,11 +10,14 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import torch
+from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.app import App
 from lorikeet.server.engine.request import Event, Request
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from ..adapters.managing import Gate
+from ..adapters.managing import CONFIG, WEIGHTS, Gate
 from ..base.family_models import VOCAB, save_family
 from ..golden.in_process import Answer, Call, greedy_params, serving
 from ..golden.peft_oracle import Oracle, Recipe
@@ -106,6 +110,18 @@ def prompt() -> list[int]:
     return torch.randint(3, VOCAB, (37,)).tolist()
 
 
+def edit_config(folder: Path, **changes: object) -> None:
+    """Change keys of adapter_config.json."""
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Save what `change` makes of the tensors."""
+    tensors = change(load_file(folder / WEIGHTS))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
 _numbers = iter(range(10**9))
 
 
@@ -132,9 +148,9 @@ class HeldCall(Call):
         self.count = count
         self._gate = Gate()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        version = app.manager.resolve(adapter) if adapter else None
+        adaptation = Adaptation.single(app.manager.resolve(adapter)) if adapter else None
         name = f"held-{next(_numbers)}"
-        self.request = Request(name, list(prompt), greedy_params(count), version, self._emit)
+        self.request = Request(name, list(prompt), greedy_params(count), adaptation, self._emit)
         app.engine.submit(self.request)
         self._gate.wait_reached()
 

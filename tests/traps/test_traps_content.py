@@ -1,6 +1,5 @@
 """Traps of adapters' content: what other servers scale wrongly, drop, or load without applying. PEFT is the judge."""
 
-import json
 import shutil
 
 import pytest
@@ -11,20 +10,9 @@ from lorikeet.adapters.errors import (
     ServingError,
 )
 from lorikeet.adapters.info import AdapterState
-from safetensors.torch import load_file, save_file
 
-from ..adapters.managing import CONFIG, WEIGHTS
-from .conftest import answer, call
-
-
-def edit_config(folder, **changes):
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(folder, change):
-    tensors = change(load_file(folder / WEIGHTS))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+from ..adapters.managing import WEIGHTS
+from .conftest import answer, call, edit_config, edit_tensors
 
 
 @pytest.mark.parametrize("name", ["rslora", "patterns", "wide", "plain"])
@@ -109,18 +97,29 @@ def test_one_tensor_that_cannot_be_applied_refuses_the_adapter_by_name(put, serv
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("bias", "all"),
-        ("lora_bias", True),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("alora_invocation_tokens", [5]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("init_lora_weights", "pissa"),
         ("peft_type", "VERA"),
     ],
 )
 def test_what_is_not_supported_is_refused_and_not_ignored(setting, value, put, serve):
-    """vllm#9280 and SGLang, where `modules_to_save`, bias and DoRA are not read: the adapter answers as another one."""
+    """vllm#9280 and SGLang, where settings are not read: the adapter answers as another one."""
     edit_config(put("plain"), **{setting: value})
     with pytest.raises(AdapterIncompatibleError, match=setting):
+        serve().manager.load("plain")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("use_dora", True), ("lora_bias", True), ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [3, 5])],
+)
+def test_what_the_config_says_and_the_file_lacks_is_refused(setting, value, put, serve):
+    """SGLang and LoRAX read neither the key nor the tensors, so a file cut short is served as plain LoRA."""
+    edit_config(put("plain"), **{setting: value})
+    with pytest.raises((AdapterInvalidError, AdapterIncompatibleError)):
         serve().manager.load("plain")
 
 

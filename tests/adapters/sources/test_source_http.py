@@ -13,6 +13,7 @@ from lorikeet.adapters.errors import (
 )
 from lorikeet.adapters.sources import meter as meter_module
 from lorikeet.adapters.sources import transfer
+from lorikeet.adapters.tokenizer_files import TOKENIZER_FILES
 from lorikeet.adapters.weights_file import read_header
 
 from . import servers
@@ -32,9 +33,10 @@ def broken_weights(server, files, route):
 
 
 def test_files_arrive_byte_for_byte(server, fetch, files):
+    files |= {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
     server.serve("/team/a", files | {"optimizer.pt": b"never asked for"})
     assert fetch(f"{server.url}/team/a/") == files
-    assert server.paths("GET") == [f"/team/a/{name}" for name in (CONFIG, WEIGHTS, GOLDEN, CARD)]
+    assert server.paths("GET") == [f"/team/a/{name}" for name in (CONFIG, WEIGHTS, GOLDEN, CARD, *TOKENIZER_FILES)]
     assert set(server.paths("HEAD")) <= set(server.paths("GET"))
 
 

@@ -1,0 +1,162 @@
+"""Where every block of a packed adapter lies, and so how many elements it takes. Imports no torch.
+
+Low-rank blocks come first, site by site and without gaps; then affines and the regions of overrides, each aligned.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .arena import aligned
+from .modules import ModuleTable
+from .sites import Site, SiteTable
+from .tensor_map import Placement
+
+
+class RegionPlan(NamedTuple):
+    """A tensor of an override: regions with the same key are one."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+
+
+class OverridePlan(NamedTuple):
+    """One override.
+
+    Attributes:
+        module: whose.
+        kind: value of `packing.OverrideKind`.
+        regions: its tensors.
+        token_ids: ascending; of token rows only.
+    """
+
+    module: str
+    kind: str
+    regions: tuple[RegionPlan, ...]
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Element offsets.
+
+    Attributes:
+        low_rank: index of a site -> its block.
+        affines: index of a site -> its [2, out_features].
+        overrides: what there is of them.
+        regions: key -> start.
+        num_elements: of all.
+    """
+
+    low_rank: Mapping[int, int]
+    affines: Mapping[int, int]
+    overrides: tuple[OverridePlan, ...]
+    regions: Mapping[str, int]
+    num_elements: int
+
+
+def plan_layout(
+    placement: Placement, sites: SiteTable, modules: ModuleTable, *, dropped: Collection[str], are_twins: bool
+) -> Layout:
+    """Lay an adapter out.
+
+    Args:
+        placement: its tensors.
+        sites, modules: the base's.
+        dropped: modules whose own weights are left out, because they are the base's.
+        are_twins: the embedding's and the head's own weights are the same, so they are kept once.
+    """
+    low_rank: dict[int, int] = {}
+    affines: dict[int, int] = {}
+    regions: dict[str, int] = {}
+    end = 0
+    for site in sites.sites:
+        count = sum(_low_rank_elements(placement, site, dropped))
+        if count:
+            low_rank[site.index] = end
+            end += count
+    for site in sites.sites:
+        if any(has_affine(placement, piece.module, dropped) for piece in site.slices):
+            affines[site.index] = end = aligned(end)
+            end += 2 * site.out_features
+    overrides = tuple(_overrides(placement, modules, dropped, are_twins=are_twins))
+    for override in overrides:
+        for region in override.regions:
+            if region.key not in regions:
+                regions[region.key] = end = aligned(end)
+                end += _count(region.shape)
+    return Layout(low_rank, affines, overrides, regions, end)
+
+
+def count_certain_elements(placement: Placement, sites: SiteTable, modules: ModuleTable) -> int:
+    """How many elements an adapter takes at least, whatever its payload says."""
+    whole = placement.full.whole
+    dropped = [
+        module for module, own in whole.items() if own.may_be_base and is_base_shaped(placement, module, modules)
+    ]
+    both = modules.embedding in whole and modules.head in whole
+    return plan_layout(placement, sites, modules, dropped=dropped, are_twins=both).num_elements
+
+
+def is_base_shaped(placement: Placement, module: str, modules: ModuleTable) -> bool:
+    """Whether the own weight of the embedding or head has as many rows as the base's."""
+    return placement.full.rows(module, modules.vocab_size) == modules.vocab_size
+
+
+def has_low_rank(placement: Placement, module: str, dropped: Collection[str]) -> bool:
+    """Whether a slice of a site has a low-rank delta beside the base's weight (not merged into one of its own)."""
+    return module in placement.lora and (module not in placement.full.whole or module in dropped)
+
+
+def has_affine(placement: Placement, module: str, dropped: Collection[str]) -> bool:
+    """Whether the base's output of a slice is scaled or shifted."""
+    if module in placement.full.biases:
+        return True
+    if not has_low_rank(placement, module, dropped):
+        return False
+    return placement.lora[module].magnitude is not None or placement.lora[module].b_bias is not None
+
+
+def _low_rank_elements(placement: Placement, site: Site, dropped: Collection[str]) -> Iterator[int]:
+    for piece in site.slices:
+        if has_low_rank(placement, piece.module, dropped):
+            yield placement.lora[piece.module].scaling.rank * (site.in_features + piece.out_features)
+
+
+def _overrides(
+    placement: Placement, modules: ModuleTable, dropped: Collection[str], *, are_twins: bool
+) -> Iterator[OverridePlan]:
+    full = placement.full
+    whole = {module: own for module, own in full.whole.items() if module not in dropped}
+    for module, own in whole.items():
+        owner = modules.embedding if are_twins and module == modules.head else module
+        tensors = (("weight", own.weight), ("bias", own.bias))
+        yield OverridePlan(
+            module,
+            "weight",
+            tuple(
+                RegionPlan(name, info.shape, f"{owner if name == 'weight' else module}.{name}")
+                for name, info in tensors
+                if info is not None
+            ),
+        )
+    for module, trained in full.tokens.items():
+        if module not in whole:
+            rows = RegionPlan("rows", trained.rows.shape, trained.rows.name)
+            yield OverridePlan(module, "tokens", (rows,), tuple(sorted(trained.ids)))
+    embedding = placement.embedding_lora
+    if embedding is not None and embedding.module not in whole:
+        rank, rows_a, dim = embedding.scaling.rank, embedding.lora_a.shape[1], embedding.lora_b.shape[0]
+        pair = (
+            RegionPlan("a", (rows_a, rank), embedding.lora_a.name),
+            RegionPlan("b", (rank, dim), embedding.lora_b.name),
+        )
+        yield OverridePlan(embedding.module, "embedding_lora", pair)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
