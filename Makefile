@@ -26,6 +26,8 @@ BIN = $(if $(findstring /,$(PY)),$(dir $(PY)))
 
 # Small tensors: more threads would mostly wait for one another, and badly so on a shared machine.
 TEST_THREADS ?= 1
+# Processes that share the tests of `make test`, file by file.
+TEST_WORKERS ?= 2
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -85,7 +87,8 @@ demo: $(RUN_READY)
 # -P: with the root on sys.path, our kernels/ would be importable as `kernels`, a package that transformers probes for.
 test: $(DEV_READY) ## the whole test suite on the CPU
 	@$(MAKE) demo PY="$(PY)" || echo 'make: no demo base; the tests that need it will skip and say so'
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' -n $(TEST_WORKERS) --dist loadfile \
+		$(PYTEST_ARGS)
 
 soak: $(DEV_READY) ## an hour of random loads, replacements, cancels, faults and kills; every invariant holds, nothing is left
 	@OMP_NUM_THREADS=$(TEST_THREADS) LORIKEET_SOAK_SECONDS=$${LORIKEET_SOAK_SECONDS:-3600} $(OFFLINE) "$(PY)" -P -m pytest -q -s \

@@ -52,7 +52,12 @@ class Lane:
     @property
     def counter(self) -> float:
         """The lower it is, the earlier is its turn."""
-        return -math.inf if self.goes_first else key_of(self.shares)
+        return key_of(self.shares)
+
+    @property
+    def rank(self) -> float:
+        """The counter, or what is below every counter."""
+        return -math.inf if self.goes_first else self.counter
 
     @property
     def head(self) -> Request:
@@ -80,9 +85,9 @@ ByAge = tuple[int, Lane]
 ByCounter = tuple[float, int, Lane]
 
 
-def by_counter(lane: Lane) -> ByCounter:
-    """The lane's entry in an order by counter, then age."""
-    return lane.counter, lane.head.order, lane
+def by_rank(lane: Lane) -> ByCounter:
+    """The lane's entry in an order by rank, then age."""
+    return lane.rank, lane.head.order, lane
 
 
 class LaneIndex:

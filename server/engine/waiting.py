@@ -29,7 +29,6 @@ slot and are never held. `scheduler.py` shows why nobody starves.
 
 import bisect
 import heapq
-import math
 from collections import Counter
 from collections.abc import Iterable
 from enum import IntEnum
@@ -37,7 +36,7 @@ from enum import IntEnum
 from ...adapters.adaptation import Adaptation
 from .block_manager import IntegrityError
 from .fair_share import FairShare, Share
-from .lanes import ByAge, ByCounter, Lane, LaneIndex, LaneState, Place, by_counter, competes, head_order
+from .lanes import ByAge, ByCounter, Lane, LaneIndex, LaneState, Place, by_rank, competes, head_order
 from .request import Request
 
 _MANY = 64
@@ -177,16 +176,15 @@ class WaitingLanes:
             retries = self._index.parked[:1]
         else:
             retries = self._rotate()
-        self._heap = [by_counter(lane) for lane in self._index.open if self._may_pass(lane.head.order, lane)]
+        self._heap = [by_rank(lane) for lane in self._index.open if self._may_pass(lane.head.order, lane)]
         if not self._hold:  # while some are held back, they keep what they have saved
             untried = self._index.lowest_untried()
-            counters = [entry[0] for entry in self._heap] + ([] if untried is None else [untried.counter])
-            lowest = min((counter for counter in counters if counter > -math.inf), default=None)
-            if lowest is not None:
-                self._shares.raise_floor(lowest)
+            counters = [lane.counter for *_, lane in self._heap] + ([] if untried is None else [untried.counter])
+            if counters:
+                self._shares.raise_floor(min(counters))
         # The oldest untried lane too: others in front of it cannot use up its try, pass after pass.
         oldest = [entry for entry in self._index.untried_by_age[:1] if self._may_pass(*entry)]
-        self._heap += [by_counter(lane) for _, lane in (*retries, *oldest)]
+        self._heap += [by_rank(lane) for _, lane in (*retries, *oldest)]
         heapq.heapify(self._heap)
         self._tries = self._max_tries - len(retries) - len(oldest)
 
@@ -199,12 +197,12 @@ class WaitingLanes:
         """The next lane whose head may be admitted. To be followed by `admitted`, `park` or the end of the pass."""
         untried = self._next_untried() if self._tries else None
         while self._heap:
-            counter, order, lane = self._heap[0]
+            rank, order, lane = self._heap[0]
             if lane.place is None:
                 heapq.heappop(self._heap)
-            elif counter != lane.counter:
-                heapq.heapreplace(self._heap, by_counter(lane))
-            elif untried is not None and (untried.counter, untried.head.order) < (counter, order):
+            elif rank != lane.rank:
+                heapq.heapreplace(self._heap, by_rank(lane))
+            elif untried is not None and (untried.rank, untried.head.order) < (rank, order):
                 break
             else:
                 heapq.heappop(self._heap)
@@ -214,7 +212,7 @@ class WaitingLanes:
     def again(self, lane: Lane) -> None:
         """Visit a lane once more in this pass: its head was admitted and there may be another."""
         if lane.place is not None and self._may_pass(lane.head.order, lane):
-            heapq.heappush(self._heap, by_counter(lane))
+            heapq.heappush(self._heap, by_rank(lane))
 
     def park(self, lane: Lane, now: float) -> None:
         """The lane's adapter is not there yet."""
@@ -246,7 +244,7 @@ class WaitingLanes:
                 raise IntegrityError(f"the lane of {lane.adaptation} is sorted in at {lane.place}")
             if not orders and not lane.active:
                 raise IntegrityError(f"the lane of {lane.adaptation} is empty and was kept")
-            if competes(lane.place) and lane.counter < self._shares.floor and not lane.goes_first:
+            if competes(lane.place) and lane.counter < self._shares.floor:
                 raise IntegrityError(f"the counter of {lane.adaptation} is below the floor")
             if lane.goes_first != (lane is self._first) or (lane.goes_first and self._elder not in lane.requests):
                 raise IntegrityError(f"the lane of {lane.adaptation} goes first without the elder")
@@ -300,8 +298,6 @@ class WaitingLanes:
                 changed.goes_first = changed is lane
                 for share in changed.shares:
                     share.is_reserved = changed is lane
-                if changed is before and competes(changed.right_place):
-                    self._lift(changed)  # the floor did not wait for it
                 for share in changed.shares:
                     self._sort_in_all(self._siblings.get(share, ()))
 

@@ -69,7 +69,7 @@ def app():
         ),
         manager=manager,
         composition=manager.composition,
-        tokenizers=SimpleNamespace(close=lambda: None),
+        tokenizers=SimpleNamespace(rules=lambda vocabulary: None, close=lambda: None),
         state=SimpleNamespace(close=lambda: None),
         policy=PolicyHolder(None),
         watcher=None,
