@@ -107,7 +107,7 @@ def open_weights(directory: Path, roots: Sequence[Path] = ()) -> Iterator[OpenWe
         file = stack.enter_context(open_contained(directory, index_name, roots))
         stamps = {index_name: file_stamp(os.fstat(file.fileno()))}
         index = _read_index(file, index_name)
-        by_shard = _parse_index(index, index_name)
+        by_shard = parse_index(index, index_name)
         shards: list[Shard] = []
         for name, tensors in by_shard.items():
             file = stack.enter_context(open_contained(directory, name, roots))
@@ -159,8 +159,12 @@ def _read_index(file: BinaryIO, index_name: str) -> bytes:
     return data
 
 
-def _parse_index(data: bytes, index_name: str) -> dict[str, set[str]]:
-    """Shard -> names of its tensors, shards in their order; all that the names count are there."""
+def parse_index(data: bytes, index_name: str) -> dict[str, set[str]]:
+    """Shard -> names of its tensors, shards in their order; all that the names count are there.
+
+    Raises:
+        AdapterInvalidError: malformed, or other names than shards have.
+    """
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError):

@@ -10,6 +10,7 @@ import structlog
 from ..card import CARD_FILE
 from ..config import CONFIG_FILE, MAX_CONFIG_BYTES
 from ..errors import AdapterNotFoundError, AdapterSourceError, AdapterUnreadableError
+from ..shards import INDEX_FILES, MAX_INDEX_BYTES, parse_index
 from ..tokenizer_files import TOKENIZER_FILES
 from ..weights_file import WEIGHTS_FILE
 from .failures import AccessError, MissingFileError, TransferError
@@ -32,10 +33,12 @@ class _Wanted(NamedTuple):
     max_bytes: int | None = None
 
 
-# The only names that are ever asked for. The small one first: it tells whether the folder is an adapter at all.
-_WANTED: Final = (
-    _Wanted(CONFIG_FILE, is_required=True, max_bytes=MAX_CONFIG_BYTES),
-    _Wanted(WEIGHTS_FILE, is_required=True),
+# The only names that are ever asked for are these and those of weights. The small one first: it tells whether the
+# folder is an adapter at all.
+_CONFIG: Final = _Wanted(CONFIG_FILE, is_required=True, max_bytes=MAX_CONFIG_BYTES)
+_WEIGHTS: Final = _Wanted(WEIGHTS_FILE, is_required=True)
+_INDEXES: Final = tuple(_Wanted(name, is_required=False, max_bytes=MAX_INDEX_BYTES) for name in INDEX_FILES)
+_FURTHER: Final = (
     _Wanted(GOLDEN_FILE, is_required=False),
     _Wanted(CARD_FILE, is_required=False),
     *(_Wanted(name, is_required=False, max_bytes=size) for name, size in TOKENIZER_FILES.items()),
@@ -74,22 +77,54 @@ async def fetch_files(folder: RemoteFolder, uri: str, directory: Path, max_bytes
 
     Raises:
         AdapterNotFoundError: a required file is missing.
+        AdapterInvalidError: the weights are split, and their index is malformed.
         AdapterSourceError: the store refuses access.
         AdapterMemoryError: too many bytes.
         AdapterUnreadableError: it did not work, also not at the third try; or the files changed meanwhile.
     """
     started = time.monotonic()
-    left = max_bytes
-    marks: dict[str, str] = {}
-    for wanted in _WANTED:
-        limit = left if wanted.max_bytes is None else min(left, wanted.max_bytes)
-        meter = Meter(wanted.name, uri, limit)
-        mark = await _fetch(folder, uri, wanted, directory / wanted.name, meter)
-        left -= meter.received
+    files = _Files(folder, uri, directory, max_bytes)
+    await files.take(_CONFIG)
+    try:
+        await files.take(_WEIGHTS)
+    except (AdapterNotFoundError, AdapterSourceError):  # some stores refuse what is not there
+        if not await _take_shards(files):
+            raise
+    for wanted in _FURTHER:
+        await files.take(wanted)
+    await _check_unchanged(folder, uri, files.marks)
+    _log.info("adapter_fetched", uri=uri, bytes=max_bytes - files.left, seconds=round(time.monotonic() - started, 3))
+
+
+class _Files:
+    """What has been fetched so far: the bytes that may still come, and the marks of what came."""
+
+    def __init__(self, folder: RemoteFolder, uri: str, directory: Path, max_bytes: int) -> None:
+        self.left = max_bytes
+        self.marks: dict[str, str] = {}
+        self._folder, self._uri, self._directory = folder, uri, directory
+
+    async def take(self, wanted: _Wanted) -> Path | None:
+        """Fetch a file; None when there is none, and need not be."""
+        limit = self.left if wanted.max_bytes is None else min(self.left, wanted.max_bytes)
+        meter = Meter(wanted.name, self._uri, limit)
+        target = self._directory / wanted.name
+        mark = await _fetch(self._folder, self._uri, wanted, target, meter)
+        self.left -= meter.received
         if mark is not None:
-            marks[wanted.name] = mark
-    await _check_unchanged(folder, uri, marks)
-    _log.info("adapter_fetched", uri=uri, bytes=max_bytes - left, seconds=round(time.monotonic() - started, 3))
+            self.marks[wanted.name] = mark
+        return target if target.exists() else None
+
+
+async def _take_shards(files: _Files) -> bool:
+    """Fetch weights that are split, by the names in their index; False when there is no index."""
+    for wanted in _INDEXES:
+        index = await files.take(wanted)
+        if index is not None:
+            for name in parse_index(index.read_bytes(), wanted.name):
+                await files.take(_Wanted(name, is_required=True))
+            return True
+    return False
 
 
 async def _fetch(folder: RemoteFolder, uri: str, wanted: _Wanted, target: Path, meter: Meter) -> str | None:

@@ -1,12 +1,14 @@
 """Adapters from S3: moto's real server, and a server that breaks S3's promises."""
 
 import io
+import json
 import random
 
 import boto3
 import pytest
 import s3fs
 from lorikeet.adapters.errors import (
+    AdapterInvalidError,
     AdapterMemoryError,
     AdapterNotFoundError,
     AdapterSourceError,
@@ -72,6 +74,34 @@ def test_file_of_many_reads(bucket, fetch, small_files):
     small_files[WEIGHTS] = random.randbytes(9 * 2**20 + 1)
     put(bucket, "a/", small_files)
     assert fetch(f"s3://{bucket.name}/a") == small_files
+
+
+def sharded(files: dict[str, bytes], index: str) -> dict[str, bytes]:
+    """The same with its weights in two shards and an index."""
+    names = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    content = json.dumps({"metadata": {}, "weight_map": {f"tensor-{i}": name for i, name in enumerate(names)}})
+    return {CONFIG: files[CONFIG], index: content.encode()} | {name: random.randbytes(5000) for name in names}
+
+
+@pytest.mark.parametrize("index", ["adapter_model.safetensors.index.json", "model.safetensors.index.json"])
+def test_shards_come_by_their_index(bucket, fetch, small_files, index):
+    files = sharded(small_files, index)
+    put(bucket, "a/", files)
+    assert fetch(f"s3://{bucket.name}/a") == files
+
+
+def test_missing_shard_is_named(bucket, fetch, small_files):
+    files = sharded(small_files, "adapter_model.safetensors.index.json")
+    put(bucket, "a/", {name: data for name, data in files.items() if "00002-of" not in name})
+    with pytest.raises(AdapterNotFoundError, match="has no file adapter_model-00002-of-00002"):
+        fetch(f"s3://{bucket.name}/a")
+
+
+def test_index_that_names_other_files_is_refused(bucket, fetch, small_files):
+    index = json.dumps({"weight_map": {"tensor": "../../secrets"}}).encode()
+    put(bucket, "a/", {CONFIG: small_files[CONFIG], "adapter_model.safetensors.index.json": index})
+    with pytest.raises(AdapterInvalidError, match="adapter_model-00001-of"):
+        fetch(f"s3://{bucket.name}/a")
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
