@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lorikeet.adapters.adaptation import Adaptation
+from lorikeet.adapters.info import Tier
 from lorikeet.server.app import App, assemble
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
@@ -110,6 +111,9 @@ class LorikeetSide:
         self._runs += 1
         events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        for name in sorted({name for each in adapted or () for name in ([each] if isinstance(each, str) else each)}):
+            if name:  # else the first requests may be done before the last one's adapter has come
+                self._app.manager.prefetch(name, Tier.DEVICE)
         self._clock.clear()
         start, cpu = time.perf_counter(), time.process_time()
         for i, (prompt, inbox) in enumerate(zip(prompts, events, strict=True)):
