@@ -29,6 +29,10 @@ def low_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
+def normal_priority() -> None:
+    """Leave the calling thread as it is."""
+
+
 def start_pool(size: int, name: str, set_priority: Callable[[], None]) -> ThreadPoolExecutor:
     """A pool whose threads have a priority, and do torch's arithmetic alone instead of with a team of threads each.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import structlog
 import torch
 
-from .background import low_priority
+from .background import low_priority, normal_priority, start_pool
 from .device_store import DeviceStore, Placement
 from .errors import AdapterMemoryError, ServingError
 from .info import Tier
@@ -79,23 +79,23 @@ class DeviceLoader:
         self._events = events
         self._closed = False
         self._not_before = 0.0  # `time.monotonic()` second of the next copy, after one found no memory
-        self._thread = threading.Thread(target=self._run, name="adapter-device", daemon=True)
         cuda = store.device.type == "cuda"
+        # A copy on the CPU is work of the cores that the step thread's team runs on; on CUDA it is the device's.
+        self._pool = start_pool(1, "adapter-device", normal_priority if cuda else low_priority)
         self._copy_stream = torch.cuda.Stream(store.device) if cuda else None
         # Where kernels that read the arena run; known once the step thread has called step_work.
         self.compute_stream = torch.cuda.default_stream(store.device) if cuda else None
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start serving wishes."""
+        self._pool.submit(self._run)
 
     def close(self) -> None:
         """End the thread, after the copy it is making."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._pool.shutdown(wait=True)
 
     def compacted(self) -> None:
         """The store has been compacted; called with the lock held."""
@@ -103,8 +103,6 @@ class DeviceLoader:
         self._changed.notify_all()
 
     def _run(self) -> None:
-        if self._copy_stream is None:
-            low_priority()  # a copy is work of the cores that steps run on; on CUDA it is the device's
         try:
             self._serve()
         except Exception as error:
