@@ -25,7 +25,7 @@ NEW = f"peft {peft.__version__} has a new {{}}: say what becomes of it in adapte
 SERVED_TYPES = [f.value for f in FORMATS if f.field == "peft_type" and f.status is Status.SERVED]
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's hints for training
 
-# PEFT needs packages or other adapters for these; they are refused before a tensor is looked at.
+# AdaMSS needs scikit-learn, X-LoRA adapters to mix; both are refused before a tensor is looked at.
 NOT_MADE = {"ADAMSS", "XLORA"}
 
 
