@@ -1,11 +1,9 @@
-"""What operators do to loaded adapters: unload, roll back, pin, prefetch, alias. Thread-safe; calls may block."""
+"""What operators do to loaded adapters: unload, roll back, alias. Thread-safe; calls may block."""
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import structlog
 
@@ -15,24 +13,19 @@ from .errors import (
     AdapterDigestError,
     AdapterExistsError,
     AdapterIdError,
-    AdapterMemoryError,
     AdapterNotFoundError,
-    AdapterNotReadyError,
     AdapterNoVersionError,
 )
-from .info import AdapterInfo, AliasInfo, AliasTarget, LoadOptions, Tier
-from .listing import find_info, record_info
-from .loading import AdapterLoads, StoredSource, shutting_down
-from .lookup import find_version, not_found
+from .info import AdapterInfo, AliasInfo, AliasTarget, LoadOptions
+from .loading import AdapterLoads
+from .lookup import find_current, not_found
 from .paths import check_adapter_id
 from .publishing import Intent
 from .record import Record
 from .reference import parse_reference
 from .rules import check_room, check_unload
+from .source_reader import StoredSource
 from .state.database import SavedAdapter, SavedAlias
-
-# How long a call waits for a tier when it has no deadline of its own.
-PATIENCE_S: Final = 300.0
 
 _log = structlog.get_logger(__name__)
 
@@ -48,13 +41,6 @@ class AdapterAdministration:
     def __init__(self, core: ManagerCore, loads: AdapterLoads) -> None:
         self._core = core
         self._loads = loads
-        self._closed = False
-
-    def close(self) -> None:
-        """Let calls that wait for a tier fail."""
-        with self._core.changed:
-            self._closed = True
-            self._core.changed.notify_all()
 
     def unload(self, adapter_id: str) -> None:
         """Forget an id; see AdapterManager."""
@@ -82,6 +68,7 @@ class AdapterAdministration:
             saved = core.state.database.get(adapter_id)
             with core.changed:
                 registry = core.registry
+                registry.loading.forget_folder(adapter_id)
                 record = registry.current.get(adapter_id)
                 known = record is not None or adapter_id in registry.loading or adapter_id in registry.failed
                 is_held = adapter_id in registry.pins or bool(registry.aliases.names_of_adapter(adapter_id))
@@ -113,48 +100,6 @@ class AdapterAdministration:
         info = self._loads.start_from(adapter_id, StoredSource(digest), intent).result()
         _log.info("adapter_rolled_back", adapter=adapter_id, digest=digest)
         return info
-
-    def pin(self, adapter_id: str, tier: Tier, timeout_s: float | None) -> AdapterInfo:
-        """Keep an id's current version in a tier, and wait until it is there; see AdapterManager."""
-        core = self._core
-        deadline = _deadline(timeout_s)
-        with core.admin:
-            with core.changed:
-                record = self._current(adapter_id)
-                check_room(core.registry, record, tier)
-            self._save_pin(adapter_id, tier.value)
-            with core.changed:
-                core.registry.pin(adapter_id, tier)
-                core.changed.notify_all()
-        with core.changed:
-            record = self._current(adapter_id)
-            core.registry.hold_for_call(record)
-        return self._wait_for(record, tier, deadline)
-
-    def unpin(self, adapter_id: str) -> AdapterInfo:
-        """Let a pinned adapter be evicted again; see AdapterManager."""
-        core = self._core
-        with core.admin:
-            with core.changed:
-                if adapter_id not in core.registry.pins:  # else it may have failed since, and is still to be unpinned
-                    self._current(adapter_id)
-            self._save_pin(adapter_id, "")
-            with core.changed:
-                core.registry.pin(adapter_id, None)
-                core.changed.notify_all()
-                return find_info(core.registry, adapter_id)
-
-    def prefetch(self, text: str, tier: Tier, timeout_s: float | None) -> AdapterInfo:
-        """Bring a version into a tier, and wait until it is there; see AdapterManager."""
-        reference = parse_reference(text)
-        deadline = _deadline(timeout_s)
-        with self._core.changed:
-            alias = self._core.registry.aliases.get(reference.name)
-            if alias is not None and len(alias.targets) > 1:
-                raise AdapterIdError(f"Alias {reference.name!r} leads to several versions; name one as `id@digest`.")
-            record = find_version(self._core.registry, reference.name, reference.digest_prefix, "")
-            self._core.registry.hold_for_call(record)
-        return self._wait_for(record, tier, deadline)
 
     def set_alias(self, name: str, targets: Sequence[tuple[str, float]]) -> AliasInfo:
         """Create or move an alias; see AdapterManager."""
@@ -220,7 +165,7 @@ class AdapterAdministration:
         with self._core.changed:
             if reference.name in self._core.registry.aliases:
                 raise AdapterIdError(f"{reference.name!r} is an alias; an alias leads to adapters, not to aliases.")
-            record = None if reference.digest_prefix else self._current(reference.name)
+            record = None if reference.digest_prefix else find_current(self._core.registry, reference.name)
         digest = record.version.digest if record else self._matching(reference.name, reference.digest_prefix)
         return self._loads.hold_stored(reference.name, digest)
 
@@ -229,9 +174,9 @@ class AdapterAdministration:
         if digest_prefix:
             return self._matching(adapter_id, digest_prefix)
         saved = self._core.state.database.get(adapter_id)
-        if saved is None:
+        if saved is None or not (saved.digest or saved.previous):
             with self._core.changed:
-                self._current(adapter_id)
+                find_current(self._core.registry, adapter_id)
         if saved is None or not saved.previous:
             raise AdapterNoVersionError(
                 f"Adapter {adapter_id!r} has had one version only; there is none to go back to.",
@@ -268,56 +213,6 @@ class AdapterAdministration:
             )
         return found[0]
 
-    def _current(self, adapter_id: str) -> Record:
-        """The current version of an id; called with the lock held.
-
-        Raises:
-            AdapterIdError: malformed, or an alias.
-            AdapterNotFoundError: see find_version.
-        """
-        check_adapter_id(adapter_id)
-        if adapter_id in self._core.registry.aliases:
-            raise AdapterIdError(f"{adapter_id!r} is an alias; this call takes an adapter's id.", {"alias": adapter_id})
-        return find_version(self._core.registry, adapter_id, "", "")
-
-    def _save_pin(self, adapter_id: str, tier: str) -> None:
-        saved = self._core.state.database.get(adapter_id)
-        if saved is not None:
-            self._core.state.database.save(dataclasses.replace(saved, pinned=tier))
-
-    def _wait_for(self, record: Record, tier: Tier, deadline: float) -> AdapterInfo:
-        """Wait until a held version is in a tier, and let it go."""
-        core = self._core
-        with core.changed:
-            try:
-                while record.slot is None if tier is Tier.DEVICE else record.tier is Tier.DISK:
-                    if record.error is not None:
-                        raise type(record.error)(record.error.message, record.error.metadata)
-                    if self._closed:
-                        raise shutting_down()
-                    self._check_fits(record, tier)
-                    (core.registry.want if tier is Tier.DEVICE else core.registry.want_host)(record)
-                    core.changed.notify_all()
-                    remaining = deadline - time.monotonic()
-                    if remaining <= 0:
-                        raise AdapterNotReadyError(
-                            f"Adapter {record.version.adapter_id!r} did not come into {tier} memory in time; what is "
-                            "there is in use or pinned. Try again later, or with a longer deadline.",
-                            {"adapter_id": record.version.adapter_id},
-                        )
-                    core.changed.wait(remaining)
-                return record_info(record)
-            finally:
-                core.registry.release_for_call(record)
-                core.changed.notify_all()
-
-    def _check_fits(self, record: Record, tier: Tier) -> None:
-        size = record.device_bytes if tier is Tier.DEVICE else record.host_bytes
-        memory = self._core.registry.memory
-        budget = memory.device_budget if tier is Tier.DEVICE else memory.host_budget
-        if size > budget:
-            raise AdapterMemoryError(f"The adapter takes {size} bytes of {tier} memory; its budget is {budget}.")
-
 
 def _alias(name: str, records: Sequence[Record], weights: Sequence[float]) -> AliasInfo:
     """The alias of checked targets.
@@ -341,7 +236,3 @@ def _is_from(record: Record, saved: SavedAdapter | None, directory: Path) -> boo
     if saved is not None and not saved.source and saved.folder_digest == saved.digest == record.version.digest:
         return True
     return record.origin.directory == directory
-
-
-def _deadline(timeout_s: float | None) -> float:
-    return time.monotonic() + (PATIENCE_S if timeout_s is None else timeout_s)

@@ -5,7 +5,8 @@ read; a pickle is never opened. Everything that the headers can tell is checked 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -59,6 +60,7 @@ def load_checkpoint(
     *,
     roots: Sequence[Path] = (),
     max_elements: int | None = None,
+    settle_s: float = 0.0,
 ) -> Checkpoint:
     """Read an adapter directory for a base.
 
@@ -68,6 +70,8 @@ def load_checkpoint(
         base: the base's name, for messages.
         roots: all files must lie in one of them; empty when a local tool asks.
         max_elements: refuse an adapter of more packed elements before reading its payload.
+        settle_s: files must have been left alone for so long. They may be replaced one by one, and the new
+            configuration with the old weights can look like an adapter.
 
     Raises:
         AdapterMemoryError: more than max_elements.
@@ -87,6 +91,7 @@ def load_checkpoint(
         payloads = weights.read(digest)
         tokenizer = read_tokenizer_files(directory, roots, stamps)
         tokenizer.update(digest)
+        _let_settle(stamps.values(), settle_s)
         for name, stamp in stamps.items():
             _check_unchanged(directory, name, stamp)
         tensors = read_tensors(weights, payloads)
@@ -116,6 +121,13 @@ def _read_config(file: BinaryIO) -> bytes:
         return file.read(MAX_CONFIG_BYTES + 1)
     except OSError:
         raise unreadable(CONFIG_FILE) from None
+
+
+def _let_settle(stamps: Iterable[FileStamp], settle_s: float) -> None:
+    """Wait until the last change is long enough ago. Change times, unlike modification times, are set by no tool."""
+    age_s = time.time() - max(stamp[-1] for stamp in stamps) / 1e9
+    # A file server's clock may be ahead of ours.
+    time.sleep(min(settle_s, max(0.0, settle_s - age_s)))
 
 
 def _check_unchanged(directory: Path, name: str, stamp: FileStamp) -> None:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .adapter_tokenizer import TokenizerMaker
+from .card import CARD_FILE
 from .device_store import DeviceStore
 from .errors import AdapterMismatchError, ServingError
-from .golden import Golden
+from .golden import GOLDEN_FILE, Golden
 from .info import AdapterObserver, Tier
 from .registry import Registry
 from .state.state_dir import StateDir
@@ -78,7 +79,7 @@ class ManagerCore:
         """A load ended with an error. That a caller expected other content says nothing about the adapter."""
         with self.admin, self.changed:
             if isinstance(error, AdapterMismatchError) and adapter_id in self.registry.current:
-                self.registry.end_load(adapter_id, ticket)
+                self.registry.loading.end(adapter_id, ticket)
             else:
                 self.registry.fail_load(adapter_id, ticket, error)
 
@@ -89,9 +90,16 @@ class ManagerCore:
         """
         if not must and not self.state.store.budget_bytes:
             return False
+        return self.state.store.put(digest, files, self._needed(), must=must)
+
+    def keep_proof(self, digest: str, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+        """Bring golden file and card of a kept version up to date: its digest, and so `keep_files`, ignores them."""
+        self.state.store.replace(digest, {name: files.get(name) for name in (GOLDEN_FILE, CARD_FILE)}, self._needed())
+
+    def _needed(self) -> set[str]:
+        """Digests of versions whose kept files may not go."""
         with self.changed:
-            protected = {*self.registry.digests, *self.reserved, *self._storing}
-        return self.state.store.put(digest, files, protected, must=must)
+            return {*self.registry.digests, *self.reserved, *self._storing}
 
     @contextlib.contextmanager
     def storing(self, digest: str) -> Iterator[None]:

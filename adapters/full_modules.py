@@ -102,7 +102,7 @@ def place_full_modules(
         if Part.TOKENS in parts:
             tokens[module] = _token_rows(module, parts[Part.TOKENS], config, modules, shapes["weight"][1])
     if modules.is_tied:
-        _tie(whole, tokens, groups, modules)
+        _tie(whole, tokens, groups, config, modules)
     _check_complete(whole, tokens, config, sites, modules)
     return FullModules(whole, biases, tokens, _vocab_size(whole, tokens, modules))
 
@@ -178,18 +178,38 @@ def _ids_of(module: str, config: AdapterConfig, modules: ModuleTable) -> Sequenc
 
 
 def _tie(
-    whole: dict[str, OwnWeights], tokens: dict[str, TokenRows], groups: Mapping[str, Parts], modules: ModuleTable
+    whole: dict[str, OwnWeights],
+    tokens: dict[str, TokenRows],
+    groups: Mapping[str, Parts],
+    config: AdapterConfig,
+    modules: ModuleTable,
 ) -> None:
-    """Let the base's other one of embedding and head have what replaces the one weight that they share."""
-    for module, other in ((modules.embedding, modules.head), (modules.head, modules.embedding)):
-        own = whole.get(module)
-        if own is None or other in whole:
-            continue
-        original = groups.get(module, {}).get(Part.ORIGINAL_WEIGHT)
-        if own.may_be_base:
-            whole[other] = own
-        elif original is not None:
-            whole[other] = OwnWeights(original, None, may_be_base=True)
+    """Let embedding and head have what replaces the one weight that they share.
+
+    PEFT loads a file module by module, the head last: of a weight that the file has twice, the head's stays.
+    """
+    shared: TensorInfo | None = None
+    tied = (modules.embedding, modules.head)
+    for module in tied:
+        if config.has_whole(module):
+            replaced = groups.get(module, {}).get(Part.ORIGINAL_WEIGHT)
+        else:
+            replaced = whole[module].weight if module in whole else None
+        if replaced is not None:
+            if shared is not None and shared.shape != replaced.shape:
+                raise refuse(
+                    replaced.name,
+                    f"it has shape {list(replaced.shape)}, and {shared.name!r}, the same weight on this base, has "
+                    f"{list(shared.shape)}; {_SAVE_BOTH}",
+                )
+            shared = replaced
+    if shared is not None:
+        shapes = modules.by_path[modules.embedding].shapes
+        _check_shapes(modules.embedding, OwnWeights(shared, None), shapes, is_vocabulary=True)
+        for module in tied:
+            if not config.has_whole(module):
+                bias = whole[module].bias if module in whole else None
+                whole[module] = OwnWeights(shared, bias, may_be_base=bias is None)
     trained = tokens.get(modules.embedding)
     if trained is not None and modules.head not in tokens:
         head = whole.get(modules.head)

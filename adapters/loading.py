@@ -2,9 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -12,14 +12,14 @@ import structlog
 
 from .background import idle_priority, low_priority, start_pool
 from .core import ManagerCore
-from .errors import AdapterNoVersionError, AdapterUnloadedError, ServingError
+from .errors import AdapterUnloadedError, ServingError
 from .info import AdapterInfo, LoadOptions, LoadPlan
 from .origin import Origin
 from .planning import make_plan
 from .publishing import Intent, OverruledError, check_is_no_alias, publish
-from .reader import AdapterReader, LoadedAdapter
+from .reader import LoadedAdapter
 from .record import Record
-from .sources.fetch import Fetcher
+from .source_reader import Source, SourceReader, StoredSource, trusting
 from .sources.locate import LocalSource, RemoteSource, SourcePolicy, locate
 from .version import AdapterVersion
 
@@ -31,16 +31,6 @@ KEPT_THREADS: Final = 2
 REREAD_THREADS: Final = 2
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSource:
-    """The files of a version that the version store keeps."""
-
-    digest: str
-
-
-Source = LocalSource | RemoteSource | StoredSource
 
 
 class _Job(NamedTuple):
@@ -55,32 +45,29 @@ class AdapterLoads:
 
     Args:
         core: registry, locks and state.
-        reader: reads and packs.
+        reader: reads and packs, from wherever they are.
         sources: where adapters may come from.
-        fetcher: brings remote ones here.
         on_failed: called when a version that requests wait for cannot come.
     """
 
     def __init__(
         self,
         core: ManagerCore,
-        reader: AdapterReader,
+        reader: SourceReader,
         sources: SourcePolicy,
-        fetcher: Fetcher,
         on_failed: Callable[[], None],
     ) -> None:
         self._core = core
         self._on_failed = on_failed
         self._reader = reader
         self._sources = sources
-        self._fetcher = fetcher
         self._pool = start_pool(LOAD_THREADS, "adapter-load", idle_priority)
         self._kept_pool = start_pool(KEPT_THREADS, "adapter-kept", idle_priority)
         self._reread_pool = start_pool(REREAD_THREADS, "adapter-reread", low_priority)
 
     def close(self) -> None:
         """End the threads; loads that have not begun fail, downloads are broken off."""
-        self._fetcher.close()
+        self._reader.close()
         self._reread_pool.shutdown(wait=True, cancel_futures=True)
         self._kept_pool.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -103,7 +90,7 @@ class AdapterLoads:
         """Begin to load an id from a located source."""
         with self._core.changed:
             check_is_no_alias(self._core, adapter_id)
-            ticket = self._core.registry.begin_load(adapter_id)
+            ticket = self._core.registry.loading.begin(adapter_id)
         try:
             return self._pool_for(source).submit(self._load, _Job(adapter_id, source, ticket, intent))
         except RuntimeError:  # the pool was shut down
@@ -119,7 +106,7 @@ class AdapterLoads:
         located = locate(self._sources, adapter_id, source)
         with self._core.changed:
             check_is_no_alias(self._core, adapter_id)
-        loaded = self._wait_for(self._pool, self._open_and_read, adapter_id, located, options)
+        loaded = self._wait_for(self._pool, self._reader.read, adapter_id, located, options)
         return make_plan(self._core, adapter_id, loaded)
 
     def hold_stored(self, adapter_id: str, digest: str) -> Record:
@@ -135,7 +122,7 @@ class AdapterLoads:
             return record
         source = StoredSource(digest)
         with self._core.storing(digest):
-            loaded = self._wait_for(self._kept_pool, self._open_and_read, adapter_id, source, _trusting(digest))
+            loaded = self._wait_for(self._kept_pool, self._reader.read, adapter_id, source, trusting(digest))
             return self._add_candidate(adapter_id, loaded, is_stored=True)
 
     def keep(self, record: Record) -> None:
@@ -147,7 +134,7 @@ class AdapterLoads:
         """
         store = self._core.state.store
         if store.get(record.version.digest) is None:
-            loaded = self._wait_for(self._kept_pool, self._read_kept, record.version)
+            loaded = self._wait_for(self._kept_pool, self._reader.read_kept, record.version)
             self._core.keep_files(loaded.digest, loaded.files, must=True)
         with self._core.changed:
             record.is_stored = True
@@ -216,10 +203,10 @@ class AdapterLoads:
             if known is not None:
                 with self._dropping(known):
                     if not known.is_current:  # it must survive evictions and restarts, so memory is not enough
-                        self._kept(job.source.digest)
+                        self._reader.find_kept(job.source.digest)
                     yield known, known.origin
                 return
-        loaded = self._open_and_read(job.adapter_id, job.source, job.intent.options)
+        loaded = self._reader.read(job.adapter_id, job.source, job.intent.options)
         origin = (
             replace(loaded.origin, name=_shown_name(job)) if isinstance(job.source, StoredSource) else loaded.origin
         )
@@ -234,37 +221,9 @@ class AdapterLoads:
         with self._dropping(record):
             if loaded.golden is not None and self._core.prover is not None:
                 record.proof = self._core.prover(record.version, loaded.golden, loaded.packed.vocab_size)
+            if not isinstance(job.source, StoredSource):
+                self._core.keep_proof(loaded.digest, loaded.files)
             yield record, origin
-
-    def _open_and_read(self, adapter_id: str, source: Source, options: LoadOptions) -> LoadedAdapter:
-        with self._opened(source) as (directory, roots, name):
-            loaded = self._reader.read(adapter_id, directory, roots=roots, options=options, name=name)
-        if self._core.make_tokenizer is None:
-            return loaded
-        return loaded._replace(tokenizer=self._core.make_tokenizer(loaded.tokenizer_files, loaded.packed.vocab_size))
-
-    @contextlib.contextmanager
-    def _opened(self, source: Source) -> Iterator[tuple[Path, Sequence[Path], str]]:
-        """A directory with the source's files, the roots that they must lie in, and what to call it."""
-        if isinstance(source, LocalSource):
-            yield source.directory, self._sources.roots, source.directory.name
-        elif isinstance(source, RemoteSource):
-            with self._fetcher.fetch(source) as directory:
-                yield directory, (directory,), source.uri
-        else:
-            with self._core.storing(source.digest):  # else another load could take its room while it is read
-                kept = self._kept(source.digest)
-                yield kept, (kept,), f"version {source.digest[:12]}"
-
-    def _kept(self, digest: str) -> Path:
-        """Where the files of a version are in the version store."""
-        kept = self._core.state.store.get(digest)
-        if kept is None:
-            raise AdapterNoVersionError(
-                f"The files of version {digest[:12]} are not kept any more (--adapter-store-bytes is their "
-                "budget); load the adapter from where it is."
-            )
-        return kept
 
     def _hold_live(self, adapter_id: str, digest: str) -> Record | None:
         with self._core.changed:
@@ -302,7 +261,7 @@ class AdapterLoads:
         started = time.monotonic()
         outcome = "ok"
         try:
-            loaded = self._read_kept(version)
+            loaded = self._reader.read_kept(version)
         except Exception as cause:
             # Also a bug of ours ends the claim, or requests would wait for the copy for ever.
             known = cause if isinstance(cause, ServingError) else ServingError("The server's log has the details.")
@@ -326,26 +285,11 @@ class AdapterLoads:
         if outcome != "ok":
             self._on_failed()
 
-    def _read_kept(self, version: AdapterVersion) -> LoadedAdapter:
-        """Read a version from the version store or, when it is not there, from its folder."""
-        directory = self._core.state.store.get(version.digest)
-        roots: Sequence[Path] = (self._core.state.path.resolve(),)
-        if directory is None:
-            roots = self._sources.roots
-            with self._core.changed:
-                directory = self._core.registry.records[version].origin.directory
-        return self._reader.read(version.adapter_id, directory, roots=roots, options=_trusting(version.digest))
-
 
 def _shown_name(job: _Job) -> str:
     """What to call the source of kept files: where they came from first."""
     source = job.intent.source
     return source if "://" in source else Path(source).name or job.adapter_id
-
-
-def _trusting(digest: str) -> LoadOptions:
-    """Options to read content again that was accepted before."""
-    return LoadOptions(allow_zero=True, allow_other_base=True, expected_digest=digest)
 
 
 def shutting_down() -> AdapterUnloadedError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .aliases import choose_target
 from .errors import AdapterDigestError, AdapterIdError, AdapterNotFoundError
+from .paths import check_adapter_id
 from .record import Record
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ def find_version(registry: "Registry", name: str, digest_prefix: str, routing_ke
             raise AdapterNotFoundError(f"Adapter {name!r} failed to load: {registry.failed[name].message}")
         raise not_found(name)
     return record
+
+
+def find_current(registry: "Registry", adapter_id: str) -> Record:
+    """The current version of an id.
+
+    Raises:
+        AdapterIdError: malformed, or an alias.
+        AdapterNotFoundError: see find_version.
+    """
+    check_adapter_id(adapter_id)
+    if adapter_id in registry.aliases:
+        raise AdapterIdError(f"{adapter_id!r} is an alias; this call takes an adapter's id.", {"alias": adapter_id})
+    return find_version(registry, adapter_id, "", "")
 
 
 def matching(records: list[Record], name: str, digest_prefix: str) -> Record | None:

@@ -1,9 +1,9 @@
 """The adapters of a server: loading, replacing, unloading, and bringing them to the device. Thread-safe.
 
 This is the face of the package: requests and the step thread are answered here, everything else is handed on to
-`loading.py` (from a source to a published version), `administration.py` (aliases, pins, rollback), `restoring.py`
-(after a restart) and `device_loader.py` (the thread that copies to the device). They share `core.py`: one lock for
-bookkeeping, never held while something is read, copied or waited for, and one for durable changes.
+`loading.py` (from a source to a published version), `administration.py` (aliases, rollback), `tier_calls.py` (pins),
+`restoring.py` (after a restart) and `device_loader.py` (the thread that copies to the device). They share `core.py`:
+one lock for bookkeeping, never held while something is read, copied or waited for, and one for durable changes.
 """
 
 import time
@@ -44,9 +44,11 @@ from .record import LEASE_S
 from .reference import parse_reference
 from .restoring import restore_called, restore_names, restore_targets
 from .sites import SiteTable
+from .source_reader import SourceReader
 from .sources.fetch import Fetcher
 from .sources.locate import SourcePolicy
 from .state.state_dir import StateDir
+from .tier_calls import TierCalls
 from .version import AdapterVersion
 
 DRAIN_DEADLINE_S: Final = 300.0
@@ -81,6 +83,7 @@ class AdapterManager:
         max_fetch_bytes, fetch_timeout_s: largest remote adapter, and how long fetching one may take.
         allow_zero: accept adapters whose delta is zero, whoever loads them.
         allow_other_base: accept adapters that were trained for another base, whoever loads them.
+        settle_s: how long a local folder's files must have been left alone when it is loaded.
 
     Attributes:
         store: the arena and its tables, read by the LoRA layers.
@@ -113,6 +116,7 @@ class AdapterManager:
         fetch_timeout_s: float = FETCH_TIMEOUT_S,
         allow_zero: bool = False,
         allow_other_base: bool = False,
+        settle_s: float = 0.0,
     ) -> None:
         self.store = DeviceStore(site_table, dtype, device, device_budget_bytes, max_slots)
         self.on_ready: Callable[[], None] = _ignore
@@ -139,8 +143,10 @@ class AdapterManager:
             max_bytes=min(host_budget_bytes, self.store.capacity_bytes),
         )
         fetcher = Fetcher(state.incoming, max_bytes=max_fetch_bytes, timeout_s=fetch_timeout_s)
-        self._loads = AdapterLoads(self._core, reader, self._sources, fetcher, on_failed=lambda: self.on_ready())
+        source_reader = SourceReader(self._core, reader, self._sources, fetcher, settle_s=settle_s)
+        self._loads = AdapterLoads(self._core, source_reader, self._sources, on_failed=lambda: self.on_ready())
         self._administration = AdapterAdministration(self._core, self._loads)
+        self._tiers = TierCalls(self._core)
         self._loader = DeviceLoader(
             self._changed,
             self._registry,
@@ -187,7 +193,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """End all threads; loads that have not begun, and calls that wait for a tier, fail."""
-        self._administration.close()
+        self._tiers.close()
         self._loader.close()
         self._loads.close()
 
@@ -231,7 +237,7 @@ class AdapterManager:
     def note_failure(self, adapter_id: str, error: ServingError) -> None:
         """Show an id as failed although no load was tried, because its folder is not acceptable."""
         with self._changed:
-            ticket = self._registry.begin_load(adapter_id)
+            ticket = self._registry.loading.begin(adapter_id)
         self._core.fail_load(adapter_id, ticket, error)
 
     def unload(self, adapter_id: str) -> None:
@@ -284,7 +290,7 @@ class AdapterManager:
             AdapterMemoryError: the pins would leave no room for the largest other adapter.
             AdapterNotReadyError: it did not come in time.
         """
-        return self._administration.pin(adapter_id, tier, timeout_s)
+        return self._tiers.pin(adapter_id, tier, timeout_s)
 
     def unpin(self, adapter_id: str) -> AdapterInfo:
         """Let a pinned adapter be evicted again; nothing happens if it was not pinned.
@@ -292,7 +298,7 @@ class AdapterManager:
         Raises:
             AdapterNotFoundError, AdapterIdError.
         """
-        return self._administration.unpin(adapter_id)
+        return self._tiers.unpin(adapter_id)
 
     def prefetch(self, reference: str, tier: Tier, timeout_s: float | None = None) -> AdapterInfo:
         """Bring a version into a tier (HOST or DEVICE), from where it may be evicted again; blocks until it is there.
@@ -301,7 +307,7 @@ class AdapterManager:
             AdapterNotFoundError, AdapterIdError, AdapterDigestError.
             AdapterNotReadyError: it did not come in time.
         """
-        return self._administration.prefetch(reference, tier, timeout_s)
+        return self._tiers.prefetch(reference, tier, timeout_s)
 
     def set_alias(self, name: str, targets: Sequence[tuple[str, float]]) -> AliasInfo:
         """Create an alias or move it, at once: later requests get the new targets, earlier ones keep their versions.

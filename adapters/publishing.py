@@ -41,7 +41,7 @@ def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, inte
     """Make a version current that the caller holds.
 
     A folder that a call has overruled (by a load from elsewhere, a rollback or an unload) is not published again until
-    its content changes: it is what the call was meant to replace.
+    its content changes: it is what the call was meant to replace. So is content that was being read when the call came.
 
     Returns:
         What requests for the id get now.
@@ -56,11 +56,13 @@ def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, inte
     with core.admin:
         saved = core.state.database.get(adapter_id)
         with core.changed:
-            if core.registry.is_outdated(adapter_id, ticket) or _is_overruled(saved, digest, intent):
-                core.registry.end_load(adapter_id, ticket)
-                if adapter_id in core.registry.current:
-                    return find_info(core.registry, adapter_id)
-                raise OverruledError(f"Adapter {adapter_id!r} was unloaded while it was loaded, or before.")
+            is_folder_now = intent.is_folder and core.registry.loading.note_folder(adapter_id, ticket)
+            is_overruled = core.registry.loading.is_outdated(adapter_id, ticket) or _is_overruled(saved, digest, intent)
+        if is_overruled:
+            if is_folder_now:
+                core.state.database.save(dataclasses.replace(saved or _unknown(adapter_id), folder_digest=digest))
+            return _end_overruled(core, adapter_id, ticket)
+        with core.changed:
             check_is_no_alias(core, adapter_id)
             pin = core.registry.pins.get(adapter_id)
             if record.error is not None:  # it was proven, and then its copy to the device failed, say
@@ -83,6 +85,15 @@ def check_is_no_alias(core: ManagerCore, adapter_id: str) -> None:
             f"{adapter_id!r} is an alias; an adapter cannot have the same name. Delete the alias, or take another id.",
             {"alias": adapter_id},
         )
+
+
+def _end_overruled(core: ManagerCore, adapter_id: str, ticket: int) -> AdapterInfo:
+    """End a load whose result is not wanted; what requests for the id get."""
+    with core.changed:
+        core.registry.loading.end(adapter_id, ticket)
+        if adapter_id in core.registry.current:
+            return find_info(core.registry, adapter_id)
+    raise OverruledError(f"Adapter {adapter_id!r} was unloaded while it was loaded, or before.")
 
 
 def _make_current(core: ManagerCore, record: Record, origin: Origin, ticket: int) -> AdapterInfo:
@@ -113,8 +124,7 @@ def _is_overruled(saved: SavedAdapter | None, digest: str, intent: Intent) -> bo
 def _saved(saved: SavedAdapter | None, record: Record, intent: Intent) -> SavedAdapter:
     """What the state directory holds of the id from now on."""
     digest = record.version.digest
-    if saved is None:
-        saved = SavedAdapter(record.version.adapter_id, "", "", False, "", "", "", False, False)
+    saved = saved or _unknown(record.version.adapter_id)
     return dataclasses.replace(
         saved,
         digest=digest,
@@ -125,6 +135,11 @@ def _saved(saved: SavedAdapter | None, record: Record, intent: Intent) -> SavedA
         allow_zero=intent.options.allow_zero,
         allow_other_base=intent.options.allow_other_base,
     )
+
+
+def _unknown(adapter_id: str) -> SavedAdapter:
+    """What is remembered of an id that nothing is known of."""
+    return SavedAdapter(adapter_id, "", "", False, "", "", "", False, False)
 
 
 def saved_pin(saved: SavedAdapter) -> Tier | None:

@@ -79,7 +79,14 @@ class AdapterReader:
         self._max_elements = max_bytes // dtype.itemsize
 
     def read(
-        self, adapter_id: str, directory: Path, *, roots: Sequence[Path], options: LoadOptions, name: str = ""
+        self,
+        adapter_id: str,
+        directory: Path,
+        *,
+        roots: Sequence[Path],
+        options: LoadOptions,
+        name: str = "",
+        settle_s: float = 0.0,
     ) -> LoadedAdapter:
         """Read one adapter. Whatever goes wrong becomes a ServingError.
 
@@ -89,6 +96,7 @@ class AdapterReader:
             roots: its files must really lie in one of these.
             options: what may be accepted.
             name: where it came from, as clients may see it.
+            settle_s: how long its files must have been left alone.
 
         Raises:
             AdapterMemoryError, AdapterInvalidError, AdapterIncompatibleError: see load_checkpoint and pack_adapter.
@@ -96,7 +104,7 @@ class AdapterReader:
             AdapterUnreadableError: the disk failed.
         """
         try:
-            return self._read(directory, roots, options, name or directory.name)
+            return self._read(directory, roots, options, name or directory.name, settle_s)
         except ServingError:
             raise
         except MemoryError:
@@ -105,9 +113,17 @@ class AdapterReader:
             _log.exception("adapter_read_failed", adapter=adapter_id)
             raise ServingError(f"Adapter {adapter_id!r} could not be read; the server's log has the details.") from None
 
-    def _read(self, directory: Path, roots: Sequence[Path], options: LoadOptions, name: str) -> LoadedAdapter:
+    def _read(
+        self, directory: Path, roots: Sequence[Path], options: LoadOptions, name: str, settle_s: float
+    ) -> LoadedAdapter:
         checkpoint = load_checkpoint(
-            directory, self._sites, self._modules, self._base, roots=roots, max_elements=self._max_elements
+            directory,
+            self._sites,
+            self._modules,
+            self._base,
+            roots=roots,
+            max_elements=self._max_elements,
+            settle_s=settle_s,
         )
         if options.expected_digest and checkpoint.digest != options.expected_digest:
             raise AdapterMismatchError(

@@ -9,12 +9,12 @@ that was dropped by force (`error`) never comes back: the same content loaded ag
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from .aliases import AliasTable
 from .errors import AdapterUnloadedError, ServingError
 from .info import AliasInfo, Tier
+from .loads_under_way import LoadsUnderWay
 from .lookup import find_version, not_found
 from .origin import Origin
 from .record import HostCopy, Record
@@ -23,14 +23,6 @@ from .version import AdapterVersion
 
 # Failed ids are kept for `list()`; a client can invent ids, so only the latest ones are.
 MAX_FAILED: Final = 256
-
-
-@dataclass(slots=True)
-class _Loading:
-    """Loads of one id that are under way."""
-
-    count: int = 0
-    barrier: int = 0  # results of loads that began before this ticket are outdated
 
 
 class Registry:
@@ -49,7 +41,7 @@ class Registry:
         digests: how many of those have each digest.
         current: what requests for an id get.
         failed: why the last load of an id without version failed.
-        loading: ids that are being loaded.
+        loading: loads that are under way, by id.
         draining: versions that nobody may name any more and requests still hold.
         wanted, host_wanted: versions that wait to come to the device, or to host memory; oldest wish first.
         pins: tier in which the current version of an id is kept.
@@ -69,7 +61,7 @@ class Registry:
         self.digests: dict[str, int] = {}
         self.current: dict[str, Record] = {}
         self.failed: OrderedDict[str, ServingError] = OrderedDict()
-        self.loading: dict[str, _Loading] = {}
+        self.loading = LoadsUnderWay()
         self.wanted: OrderedDict[AdapterVersion, Record] = OrderedDict()
         self.host_wanted: OrderedDict[AdapterVersion, Record] = OrderedDict()
         self.draining: dict[Record, None] = {}
@@ -82,32 +74,10 @@ class Registry:
             free_slot=free_slot,
             on_evict=on_evict,
         )
-        self._tickets = 0
         self._uses = 0
         self._incarnations = 0
 
     # Loading and unloading ids.
-
-    def begin_load(self, adapter_id: str) -> int:
-        """A load of an id starts; returns the ticket to finish it with."""
-        self._tickets += 1
-        self.loading.setdefault(adapter_id, _Loading()).count += 1
-        return self._tickets
-
-    def is_outdated(self, adapter_id: str, ticket: int) -> bool:
-        """Whether the id was unloaded, or a later load of it finished, since this load began."""
-        return ticket <= self.loading[adapter_id].barrier
-
-    def end_load(self, adapter_id: str, ticket: int) -> bool:
-        """A load ended, and whoever began it publishes nothing; whether its result could still be used."""
-        loading = self.loading[adapter_id]
-        valid = ticket > loading.barrier
-        if valid:
-            loading.barrier = ticket
-        loading.count -= 1
-        if loading.count == 0:
-            del self.loading[adapter_id]
-        return valid
 
     def add_candidate(self, version: AdapterVersion, origin: Origin, *, host_bytes: int, device_bytes: int) -> Record:
         """A version that no request can name yet, held and kept by the caller until `drop_candidate`.
@@ -142,7 +112,7 @@ class Registry:
 
         Args:
             version: id and digest; the incarnation does not count.
-            ticket: of begin_load.
+            ticket: of `loading.begin`.
             origin: where it came from.
             host_bytes, device_bytes: what copies take.
             drain_until: `time.monotonic()` second.
@@ -151,7 +121,7 @@ class Registry:
             The version's record (also when the same content was current, or draining, already), or None when the id was
             unloaded, or a later load of it finished, since this one began.
         """
-        if not self.end_load(version.adapter_id, ticket):
+        if not self.loading.end(version.adapter_id, ticket):
             return None
         record = self._record(version, origin, host_bytes, device_bytes)
         record.origin = origin  # the same content may have moved
@@ -169,7 +139,7 @@ class Registry:
 
     def fail_load(self, adapter_id: str, ticket: int, error: ServingError) -> None:
         """A load ended with an error. A current version stays and keeps the error as a note."""
-        if not self.end_load(adapter_id, ticket):
+        if not self.loading.end(adapter_id, ticket):
             return
         if adapter_id in self.current:
             self.current[adapter_id].replace_error = error
@@ -182,15 +152,12 @@ class Registry:
         Raises:
             AdapterNotFoundError: nothing of that id is known.
         """
-        loading = self.loading.get(adapter_id)
-        if loading is not None:
-            self._tickets += 1
-            loading.barrier = self._tickets
+        is_loading = self.loading.outdate(adapter_id)
         record = self.current.pop(adapter_id, None)
         failed = self.failed.pop(adapter_id, None)
         if record is not None:
             self._retire(record, drain_until)
-        elif loading is None and failed is None:
+        elif not is_loading and failed is None:
             raise not_found(adapter_id)
 
     # Aliases and pins.

@@ -8,8 +8,9 @@ import structlog
 from .core import ManagerCore
 from .errors import ServingError
 from .info import AdapterInfo, AliasInfo, LoadOptions
-from .loading import AdapterLoads, Source, StoredSource
+from .loading import AdapterLoads
 from .publishing import Intent, saved_pin
+from .source_reader import Source, StoredSource
 from .sources.locate import SourcePolicy, locate
 from .state.database import SavedAdapter
 
@@ -42,7 +43,7 @@ def restore_called(core: ManagerCore, loads: AdapterLoads, sources: SourcePolicy
         except ServingError as error:
             _log.warning("adapter_not_restored", adapter=adapter.adapter_id, message=error.message)
             with core.changed:
-                ticket = core.registry.begin_load(adapter.adapter_id)
+                ticket = core.registry.loading.begin(adapter.adapter_id)
             core.fail_load(adapter.adapter_id, ticket, error)
     wait(futures)
 

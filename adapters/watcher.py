@@ -4,11 +4,13 @@ A subfolder that appears or changes is loaded under its name, one that goes is u
 *when* to look: what to do is decided by comparing each folder's files with what they were, so that a lost notification
 (or a network file system without any) delays a change and never hides it.
 
-A folder counts once its files have been left alone for a while and the weights file is as long as its header
-announces; until then a half-copied folder is neither served nor failed. One that stays incomplete, or is refused, is
-listed as failed with its reason and tried again when it changes.
+A folder counts once all of its files have been left alone for a while (tools that sync folders write beside the file
+that they will replace) and the weights file is as long as its header announces; until then a half-copied folder is
+neither served nor failed. One that stays incomplete, or is refused, is listed as failed with its reason and tried again
+when it changes.
 """
 
+import itertools
 import os
 import threading
 import time
@@ -40,6 +42,9 @@ RESCAN_S: Final = 10.0
 
 _TEMPORARY: Final = (".tmp", ".partial")
 
+# Files of a folder that are looked at for changes.
+_MAX_ENTRIES: Final = 256
+
 # For each of the files that a load reads: modification and change time in ns, size, inode; None where it is missing.
 _Signature = tuple[tuple[int, int, int, int] | None, ...]
 
@@ -54,7 +59,8 @@ class _Folder:
         root: which root it is in.
         path: as found, not resolved.
         signature: of its files when last seen.
-        changed_at: `time.monotonic()` second since which the signature stayed the same.
+        changed_at: `time.monotonic()` second since which nothing in it has changed.
+        stir: changes with any of its files, also those that a load does not read.
         gone_since: when it was first missed, or None.
         handled: the signature that was loaded or refused last, or None.
         directory: the real path it was loaded from, or None.
@@ -65,6 +71,7 @@ class _Folder:
     path: Path
     signature: _Signature
     changed_at: float
+    stir: int
     gone_since: float | None = None
     handled: _Signature | None = None
     directory: Path | None = None
@@ -189,18 +196,18 @@ class AdapterWatcher:
         return True
 
     def _look_at(self, name: str, root: Path, path: Path, now: float) -> None:
-        signature = _signature(path)
+        signature, stir = _signature(path), _stir(path)
         folder = self._folders.get(name)
         if folder is None or folder.path != path:
             # A folder that was there before may have been left alone for long; the change time, which no copying tool
             # can set, tells since when.
             changed = max((entry[1] / 1e9 for entry in signature if entry is not None), default=time.time())
             age = max(0.0, time.time() - changed)
-            self._folders[name] = _Folder(root, path, signature, now - age)
+            self._folders[name] = _Folder(root, path, signature, now - age, stir)
             return
         folder.gone_since = None
-        if folder.signature != signature:
-            folder.signature, folder.changed_at = signature, now
+        if (folder.signature, folder.stir) != (signature, stir):
+            folder.signature, folder.stir, folder.changed_at = signature, stir, now
 
     def _settle(self, name: str, folder: _Folder, now: float) -> bool:
         """Load a changed folder once it is quiet and complete; whether that is still to come."""
@@ -242,6 +249,20 @@ _WATCHED: Final = (CONFIG_FILE, GOLDEN_FILE, CARD_FILE, *TOKENIZER_FILES)
 
 def _signature(path: Path) -> _Signature:
     return tuple(_file_signature(path / name) for name in (*_WATCHED, *weights_names(path)))
+
+
+def _stir(path: Path) -> int:
+    """Another number when any file of the folder has changed, come or gone; files of subfolders do not count."""
+    try:
+        with os.scandir(path) as entries:
+            return hash(frozenset((entry.name, _times(entry)) for entry in itertools.islice(entries, _MAX_ENTRIES)))
+    except OSError:
+        return 0
+
+
+def _times(entry: os.DirEntry[str]) -> tuple[int, int, int]:
+    stat = entry.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _file_signature(path: Path) -> tuple[int, int, int, int] | None:

@@ -104,15 +104,18 @@ class PromptEncoder:
         """Refuse token ids that the base, or the adapter that is to answer, does not have.
 
         Raises:
-            BadRequestError: names the field, the id and the vocabulary size.
+            BadRequestError: names the field, the id, its position and the vocabulary size.
         """
         size = self.vocab_size if vocabulary.size is None else vocabulary.size
-        for token_id in token_ids:
-            if not 0 <= token_id < size:
-                whose = "base" if vocabulary.size is None else "adapter"
-                raise BadRequestError(
-                    f"{field} contains {token_id}; the {whose}'s vocabulary is 0 to {size - 1}.", {"field": field}
-                )
+        # This runs on the event loop, and a prompt may be long: the loop over its tokens is Python's own.
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
+            return
+        position, token_id = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < size)
+        whose = "base" if vocabulary.size is None else "adapter"
+        raise BadRequestError(
+            f"{field} contains {token_id} (at position {position}); the {whose}'s vocabulary is 0 to {size - 1}.",
+            {"field": field},
+        )
 
     def rules(self, vocabulary: AdapterVocabulary) -> TokenRules | None:
         """What the engine needs to know of the tokens of a request; None: they are the base's."""

@@ -4,33 +4,38 @@ One directory a version, named by its digest. A directory of that name is always
 and synced before the rename that makes it appear, and it is renamed away before it is deleted.
 """
 
-import errno
+import contextlib
 import os
 import re
-import secrets
-import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from ..errors import AdapterMemoryError, AdapterUnreadableError
-from .durable_files import make_directory, sync_directory, write_durably
+from .durable_files import make_directory, sync_directory
+from .version_files import (
+    PARTIAL,
+    Content,
+    checked_name,
+    delete_tree,
+    disk_error,
+    holds,
+    measure,
+    partial_directory,
+    pieces_of,
+    replace_files,
+    size_of,
+    write_version,
+)
 
 _log = structlog.get_logger(__name__)
 
-Data = bytes | bytearray | memoryview
-# A file's bytes, whole or in pieces.
-Content = Data | Sequence[Data]
-
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-# Being written or being deleted; what a killed process left behind.
-_PARTIAL: Final = ".partial-"
 
 
 class VersionStore:
@@ -101,8 +106,8 @@ class VersionStore:
         """
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"not a digest: {digest!r}")
-        pieces = {_checked_name(name): _pieces(content) for name, content in files.items()}
-        size = sum(len(piece) for of_file in pieces.values() for piece in of_file)
+        pieces = {checked_name(name): pieces_of(content) for name, content in files.items()}
+        size = sum(map(size_of, pieces.values()))
         retired: list[Path] = []
         try:
             if not self._reserve(digest, size, protected, retired):
@@ -110,7 +115,7 @@ class VersionStore:
             stored = False
             try:
                 self._delete(retired)
-                self._write(digest, pieces)
+                write_version(self._root, digest, pieces)
                 stored = True
             finally:
                 self._end_write(digest, stored)
@@ -122,6 +127,34 @@ class VersionStore:
         finally:
             self._delete(retired)
         return True
+
+    def replace(self, digest: str, files: Mapping[str, Content | None], protected: Collection[str]) -> None:
+        """Bring those files of a stored version up to date that its digest says nothing about.
+
+        Nothing happens when the version is not stored, and nothing is written where nothing differs. Where there is no
+        room, or the disk fails, the version stays usable with the files that it had.
+
+        Args:
+            digest: the version.
+            files: file name -> content; None: it shall have none of that name.
+            protected: as for `put`.
+        """
+        wanted = {checked_name(name): None if found is None else pieces_of(found) for name, found in files.items()}
+        changed = {name: found for name, found in wanted.items() if not holds(self._root / digest / name, found)}
+        size = sum(size_of(found) for found in changed.values() if found is not None)
+        retired: list[Path] = []
+        try:
+            if not changed or not self._reserve_growth(digest, size, protected, retired):
+                return
+            try:
+                self._delete(retired)
+                replace_files(self._root, digest, changed)
+            finally:
+                self._end_replace(digest)
+        except (AdapterMemoryError, AdapterUnreadableError) as error:
+            _log.warning("version_not_brought_up_to_date", digest=digest, reason=error.reason, message=error.message)
+        finally:
+            self._delete(retired)
 
     def remove(self, digest: str) -> None:
         """Delete a copy, after waiting until it is written; nothing happens when there is none.
@@ -142,12 +175,10 @@ class VersionStore:
         found: list[tuple[int, str, int]] = []
         with os.scandir(self._root) as entries:
             for entry in entries:
-                if entry.name.startswith(_PARTIAL):
-                    _delete_tree(Path(entry.path))
+                if entry.name.startswith(PARTIAL):
+                    delete_tree(Path(entry.path))
                 elif _DIGEST.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    with os.scandir(entry) as files:
-                        size = sum(file.stat(follow_symlinks=False).st_size for file in files)
-                    found.append((entry.stat().st_mtime_ns, entry.name, size))
+                    found.append((entry.stat().st_mtime_ns, entry.name, measure(Path(entry.path))))
                 else:
                     _log.warning("version_store_ignores", name=entry.name, why="not the name of a version")
         for used_at_ns, digest, size in sorted(found):
@@ -174,11 +205,7 @@ class VersionStore:
                     if missing <= 0:
                         break
                     if not self._writing or size > self._budget:
-                        raise AdapterMemoryError(
-                            f"Version {digest[:12]} takes {size} bytes; the adapter store's budget is {self._budget} "
-                            f"bytes, and beside the versions that must stay {missing} bytes are missing. Raise "
-                            "--adapter-store-bytes."
-                        )
+                        raise self._no_room(digest, size, missing)
                 # Once a write has ended, the version may be there, or what was written may be evicted.
                 self._changed.wait()
             if os.path.lexists(self._root / digest):  # left by a disk that failed half-way
@@ -187,6 +214,30 @@ class VersionStore:
                 self._retire(victim, retired)
             self._writing[digest] = size
             return True
+
+    def _reserve_growth(self, digest: str, size: int, protected: Collection[str], retired: list[Path]) -> bool:
+        """As `_reserve`, for so many bytes more of a version that is there; False when it is not.
+
+        Old and new files are on the disk together for a moment, so the old ones' room is not counted as free.
+        """
+        with self._changed:
+            while digest in self._writing:
+                self._changed.wait()
+            if digest not in self._entries:
+                return False
+            victims, missing = self._find_room(size, {digest, *protected}) if size else ([], 0)
+            if missing > 0:
+                raise self._no_room(digest, size, missing)
+            for victim in victims:
+                self._retire(victim, retired)
+            self._writing[digest] = size
+            return True
+
+    def _no_room(self, digest: str, size: int, missing: int) -> AdapterMemoryError:
+        return AdapterMemoryError(
+            f"Version {digest[:12]} takes {size} bytes; the adapter store's budget is {self._budget} bytes, and beside "
+            f"the versions that must stay {missing} bytes are missing. Raise --adapter-store-bytes."
+        )
 
     def _find_room(self, size: int, protected: Collection[str]) -> tuple[list[str], int]:
         """The copies to evict for so many bytes, and how many bytes are missing even then (0 or less: none)."""
@@ -202,13 +253,13 @@ class VersionStore:
 
     def _retire(self, digest: str, retired: list[Path]) -> None:
         """Rename a copy, so that it is gone for everybody at once."""
-        partial = self._root / f"{_PARTIAL}{secrets.token_hex(8)}"
+        partial = partial_directory(self._root)
         try:
             os.rename(self._root / digest, partial)
         except FileNotFoundError:
             _log.warning("version_store_copy_vanished", digest=digest)
         except OSError as error:
-            raise _disk_error(digest, "deleted", error) from None
+            raise disk_error(digest, "deleted", error) from None
         else:
             retired.append(partial)
         self._entries.pop(digest, None)
@@ -223,35 +274,23 @@ class VersionStore:
             _log.warning("version_store_not_deleted", error=repr(error), hint="the next start deletes it")
         else:
             for partial in retired:
-                _delete_tree(partial)
+                delete_tree(partial)
         retired.clear()
-
-    def _write(self, digest: str, pieces: Mapping[str, Sequence[memoryview]]) -> None:
-        """Write a version's files and make them appear under its digest."""
-        partial, final = self._root / f"{_PARTIAL}{secrets.token_hex(8)}", self._root / digest
-        try:
-            partial.mkdir(mode=0o700)
-            for name, of_file in pieces.items():
-                write_durably(partial / name, of_file)
-            sync_directory(partial)
-            os.rename(partial, final)
-            try:
-                sync_directory(self._root)
-            except OSError:
-                os.rename(final, partial)
-                raise
-        except OSError as error:
-            _delete_tree(partial)
-            raise _disk_error(digest, "stored", error) from None
-        except BaseException:
-            _delete_tree(partial)
-            raise
 
     def _end_write(self, digest: str, stored: bool) -> None:
         with self._changed:
             size = self._writing.pop(digest)
             if stored:
                 self._entries[digest] = size
+                self._touch(digest)
+            self._changed.notify_all()
+
+    def _end_replace(self, digest: str) -> None:
+        with self._changed:
+            del self._writing[digest]
+            if digest in self._entries:
+                with contextlib.suppress(OSError):  # then it has just vanished, and is found missing at its next use
+                    self._entries[digest] = measure(self._root / digest)
                 self._touch(digest)
             self._changed.notify_all()
 
@@ -271,31 +310,3 @@ class VersionStore:
             pass  # only the order after a restart suffers
         self._entries.move_to_end(digest)
         return True
-
-
-def _checked_name(name: str) -> str:
-    if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"not a plain file name: {name!r}")
-    return name
-
-
-def _pieces(content: Content) -> list[memoryview]:
-    """The content as bytes, uncopied; pieces without any are left out, memoryview.cast refuses some of them."""
-    parts: Sequence[Data] = [content] if isinstance(content, Data) else content
-    views = [memoryview(part) for part in parts]
-    return [view.cast("B") for view in views if view.nbytes]
-
-
-def _delete_tree(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        _log.warning("version_store_not_deleted", name=path.name, hint="the next start tries again")
-
-
-def _disk_error(digest: str, action: str, error: OSError) -> AdapterUnreadableError:
-    _log.warning("version_store_disk_error", digest=digest, error=repr(error))
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = "is full. Free space there" if is_full else "failed. Check it"
-    return AdapterUnreadableError(
-        f"Version {digest[:12]} could not be {action}: the disk of the server's adapter store {what} and try again."
-    )

@@ -5,22 +5,26 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lorikeet.adapters.checkpoint import load_checkpoint
+from lorikeet.adapters.core import Prover
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.manager import AdapterManager
 from lorikeet.adapters.modules import ModuleTable
 from lorikeet.adapters.packing import PackedAdapter, pack_adapter
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.adapters.state.state_dir import StateDir, open_state_dir
+from lorikeet.adapters.watcher import AdapterWatcher
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .managing import wait_until
 from .tiny_base import DenseWeights, describe_modules
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32, 48, 3, 4, 2
@@ -272,3 +276,36 @@ def make_manager(
     yield make
     for thing in reversed(opened):
         thing.close()
+
+
+@pytest.fixture
+def boot(make_manager: Callable[..., AdapterManager], tmp_path: Path) -> Iterator[Any]:
+    """boot(**overrides): start a server's adapters as the server does, after ending those that ran before.
+
+    boot.stop() only ends them.
+    """
+    running: list[Any] = []
+
+    def stop() -> None:
+        while running:
+            running.pop().close()
+
+    def start(store_bytes: int = 2**24, prover: Prover | None = None, **overrides: Any) -> AdapterManager:
+        stop()
+        roots = overrides.setdefault("roots", [tmp_path / "adapters"])
+        running.append(open_state_dir(tmp_path / "durable", tmp_path / "scratch", store_bytes))
+        manager = make_manager(state=running[0], **overrides)
+        running.append(manager)
+        if prover is not None:
+            manager.prover = prover
+        manager.restore()
+        watcher = AdapterWatcher(manager, roots, settle_s=0.01)
+        wait_until(lambda: not watcher.scan(), "the folders to settle")
+        watcher.start()
+        running.append(watcher)
+        manager.finish_restore()
+        return manager
+
+    start.stop = stop  # type: ignore[attr-defined]
+    yield start
+    stop()

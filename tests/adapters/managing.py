@@ -155,12 +155,12 @@ def watch_opens(monkeypatch, before_open):
     monkeypatch.setattr(os, "open", watched)
 
 
-def stall_reads(monkeypatch, part):
-    """The manager's reads of weights files whose path has this part wait at the gate that is returned."""
+def stall_reads(monkeypatch, part, threads="adapter-"):
+    """Reads of weights files whose path has this part, by threads of such names, wait at the gate that is returned."""
     gate = Gate()
 
     def stall(path, thread):
-        if part in path and thread.startswith("adapter-"):
+        if part in path and thread.startswith(threads):
             gate.pass_through()
 
     watch_reads(monkeypatch, stall)

@@ -81,7 +81,7 @@ class World:
 
     def load(self, adapter_id, digest="d1", size=10, *, device_size=None, origin=ORIGIN):
         """A load from disk from its beginning to its end: the version."""
-        ticket = self.registry.begin_load(adapter_id)
+        ticket = self.registry.loading.begin(adapter_id)
         version = self.finish(adapter_id, digest, ticket, size, device_size=device_size, origin=origin).version
         if self.registry.claim_host(version, urgent=False):
             self.registry.fill_host(version, Copy(size))

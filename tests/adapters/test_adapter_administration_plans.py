@@ -38,7 +38,7 @@ def everything(manager):
             str(version): (record.tier, record.in_flight, record.last_used, record.candidacies, record.is_stored)
             for version, record in manager._registry.records.items()
         }
-        registry = (dict(manager._registry.failed), dict(manager._registry.loading), dict(manager._registry.wanted))
+        registry = (dict(manager._registry.failed), list(manager._registry.loading), dict(manager._registry.wanted))
     path = manager._core.state.path
     files = {p: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).digest()) for p in path.rglob("*") if p.is_file()}
     files = {p: content for p, content in files.items() if "state.sqlite-" not in p.name}  # reading writes there, too

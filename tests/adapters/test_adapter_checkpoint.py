@@ -6,6 +6,9 @@ import os
 import pickle
 import shutil
 import struct
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,3 +361,29 @@ def test_inspection_reports_a_bad_adapter_with_what_it_found(lora_dir, sites, mo
     assert result.report is not None and result.digest
     (lora_dir / WEIGHTS).unlink()
     assert inspect_directory(lora_dir, sites, modules).report is None
+
+
+def test_files_replaced_one_by_one_are_not_taken_for_an_adapter(lora_dir, edit_config, load):
+    def replace_weights() -> None:
+        weights = lora_dir / WEIGHTS
+        fresh = lora_dir / f"{WEIGHTS}.new"
+        fresh.write_bytes(weights.read_bytes())
+        os.replace(fresh, weights)
+
+    edit_config(lora_dir, lora_alpha=3)  # the new configuration is there, the new weights come while we read
+    threading.Timer(0.1, replace_weights).start()
+    with pytest.raises(AdapterInvalidError, match=f"{WEIGHTS} changed while the adapter was read"):
+        load(lora_dir, settle_s=0.4)
+    load(lora_dir, settle_s=0.4)
+
+
+def test_files_that_were_left_alone_are_not_waited_for(lora_dir, load, monkeypatch):
+    waits = []
+    now = time.time()
+    monkeypatch.setattr("lorikeet.adapters.checkpoint.time", SimpleNamespace(time=lambda: now, sleep=waits.append))
+    load(lora_dir, settle_s=30.0)
+    now += 60.0
+    load(lora_dir, settle_s=30.0)
+    now -= 120.0  # a file server whose clock is ahead
+    load(lora_dir, settle_s=30.0)
+    assert 0.0 < waits[0] <= 30.0 and waits[1:] == [0.0, 30.0]

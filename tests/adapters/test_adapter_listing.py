@@ -54,7 +54,7 @@ def test_tier_is_the_fastest_that_holds_a_copy():
 
 
 def test_life_of_a_version(world):
-    ticket = world.registry.begin_load("a")
+    ticket = world.registry.loading.begin("a")
     assert lines(listed(world)) == [("a", "", "loading")]
     record = world.add_candidate("a", "v1")
     states = [record_info(record).state]
@@ -90,8 +90,8 @@ def test_adapters_are_listed_by_id_and_the_current_version_first(world):
     world.load("a", "v2")
     world.resolve("a")
     world.load("a", "v3")
-    world.registry.fail_load("d", world.registry.begin_load("d"), AdapterInvalidError("broken"))
-    world.registry.begin_load("aa")
+    world.registry.fail_load("d", world.registry.loading.begin("d"), AdapterInvalidError("broken"))
+    world.registry.loading.begin("aa")
     assert lines(listed(world)) == [
         ("a", "v3", "ready"),
         ("a", "v1", "ready"),
@@ -106,18 +106,18 @@ def test_adapters_are_listed_by_id_and_the_current_version_first(world):
 
 def test_each_id_is_listed_once_whatever_happens_to_it_at_once(world):
     world.load("replaced")
-    world.registry.begin_load("replaced")
-    world.registry.fail_load("again", world.registry.begin_load("again"), AdapterInvalidError("broken"))
-    world.registry.begin_load("again")
-    world.registry.fail_load("better", world.registry.begin_load("better"), AdapterInvalidError("broken"))
+    world.registry.loading.begin("replaced")
+    world.registry.fail_load("again", world.registry.loading.begin("again"), AdapterInvalidError("broken"))
+    world.registry.loading.begin("again")
+    world.registry.fail_load("better", world.registry.loading.begin("better"), AdapterInvalidError("broken"))
     world.load("better")
     assert lines(listed(world)) == [("again", "", "loading"), ("better", "d1", "ready"), ("replaced", "d1", "ready")]
 
 
 def test_failures_carry_their_reason(world):
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("broken"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("broken"))
     world.load("b")
-    world.registry.fail_load("b", world.registry.begin_load("b"), AdapterInvalidError("half a file"))
+    world.registry.fail_load("b", world.registry.loading.begin("b"), AdapterInvalidError("half a file"))
     version = world.load("c")
     world.resolve("c")
     world.registry.fail_version(version, AdapterUnloadedError("folder changed"))
@@ -178,7 +178,7 @@ def test_names_by_tier_are_of_ready_adapters_only():
         world.load(name)
     world.run("c")
     world.resolve("a")
-    world.registry.begin_load("d")
+    world.registry.loading.begin("d")
     world.unload("a")
     memory = world.registry.memory
     stats = AdapterStats(tuple(listed(world)), {Tier.HOST: memory.host_used}, {}, 0)

@@ -87,8 +87,8 @@ def test_other_adapters_versions_do_not_fit(world):
 
 def test_prefix_of_an_id_without_version_is_not_found(world):
     for name in ("unknown", "loading", "failed"):
-        world.registry.begin_load("loading")
-        world.registry.fail_load("failed", world.registry.begin_load("failed"), AdapterInvalidError("broken"))
+        world.registry.loading.begin("loading")
+        world.registry.fail_load("failed", world.registry.loading.begin("failed"), AdapterInvalidError("broken"))
         with pytest.raises(AdapterNotFoundError, match=repr(name)):
             world.resolve(name, "abcd")
 
@@ -120,8 +120,8 @@ def test_alias_with_a_prefix_is_refused_and_says_how_a_version_is_named(world):
 
 
 def test_unknown_and_failing_names_are_told_apart(world):
-    world.registry.begin_load("loading")
-    world.registry.fail_load("failed", world.registry.begin_load("failed"), AdapterInvalidError("r is 0"))
+    world.registry.loading.begin("loading")
+    world.registry.fail_load("failed", world.registry.loading.begin("failed"), AdapterInvalidError("r is 0"))
     for name, message in (("loading", "still being loaded"), ("failed", "r is 0"), ("unknown", "ListAdapters")):
         with pytest.raises(AdapterNotFoundError, match=message) as error:
             world.resolve(name)
@@ -129,15 +129,15 @@ def test_unknown_and_failing_names_are_told_apart(world):
 
 
 def test_failed_id_that_is_loaded_again_says_so(world):
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("broken"))
-    world.registry.begin_load("a")
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("broken"))
+    world.registry.loading.begin("a")
     with pytest.raises(AdapterNotFoundError, match="still being loaded"):
         world.resolve("a")
 
 
 def test_id_that_is_replaced_is_served_meanwhile(world):
     version = world.load("a", ALIKE_1)
-    world.registry.begin_load("a")
+    world.registry.loading.begin("a")
     assert world.resolve("a") == version
 
 

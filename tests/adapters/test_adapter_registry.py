@@ -58,7 +58,7 @@ def test_ten_thousand_invented_ids_store_nothing(world):
 
 def test_ten_thousand_failed_ids_are_bounded(world):
     for i in range(10_000):
-        ticket = world.registry.begin_load(f"bad-{i}")
+        ticket = world.registry.loading.begin(f"bad-{i}")
         world.registry.fail_load(f"bad-{i}", ticket, AdapterInvalidError("broken"))
     assert len(world.registry.failed) == MAX_FAILED and not world.registry.loading
     assert find_info(world.registry, "bad-9999").error == "broken"
@@ -115,32 +115,32 @@ def test_same_digest_under_two_ids_is_two_versions(world):
 
 
 def test_load_that_was_overtaken_by_a_later_one_is_discarded(world):
-    slow, fast = world.registry.begin_load("a"), world.registry.begin_load("a")
-    assert not world.registry.is_outdated("a", slow) and not world.registry.is_outdated("a", fast)
+    slow, fast = world.registry.loading.begin("a"), world.registry.loading.begin("a")
+    assert not world.registry.loading.is_outdated("a", slow) and not world.registry.loading.is_outdated("a", fast)
     assert world.finish("a", "new", fast) is not None
-    assert world.registry.is_outdated("a", slow)
+    assert world.registry.loading.is_outdated("a", slow)
     assert world.finish("a", "old", slow) is None
     assert world.resolve("a").digest == "new" and not world.registry.loading
 
 
 def test_load_that_was_overtaken_by_a_later_failure_is_discarded(world):
-    slow, fast = world.registry.begin_load("a"), world.registry.begin_load("a")
+    slow, fast = world.registry.loading.begin("a"), world.registry.loading.begin("a")
     world.registry.fail_load("a", fast, AdapterInvalidError("broken"))
     assert world.finish("a", "old", slow) is None
     assert find_info(world.registry, "a").error == "broken"
 
 
 def test_late_failure_of_an_overtaken_load_is_not_shown(world):
-    slow, fast = world.registry.begin_load("a"), world.registry.begin_load("a")
+    slow, fast = world.registry.loading.begin("a"), world.registry.loading.begin("a")
     world.finish("a", "new", fast)
     world.registry.fail_load("a", slow, AdapterInvalidError("old trouble"))
     assert find_info(world.registry, "a").error is None
 
 
 def test_load_that_publishes_nothing_tells_whether_it_could_have(world):
-    first, second = world.registry.begin_load("a"), world.registry.begin_load("a")
-    assert world.registry.end_load("a", second)
-    assert not world.registry.end_load("a", first)
+    first, second = world.registry.loading.begin("a"), world.registry.loading.begin("a")
+    assert world.registry.loading.end("a", second)
+    assert not world.registry.loading.end("a", first)
     assert world.is_empty()
 
 
@@ -167,20 +167,20 @@ def test_second_unload_is_not_found(world):
 
 
 def test_unload_during_the_first_load_discards_it(world):
-    ticket = world.registry.begin_load("a")
+    ticket = world.registry.loading.begin("a")
     assert find_info(world.registry, "a").state is AdapterState.LOADING
     with pytest.raises(AdapterNotFoundError, match="still being loaded"):
         world.resolve("a")
     world.unload("a")
-    assert world.registry.is_outdated("a", ticket)
+    assert world.registry.loading.is_outdated("a", ticket)
     assert world.finish("a", "v", ticket) is None
     assert world.is_empty()
 
 
 def test_load_that_begins_after_an_unload_counts_although_an_older_one_is_under_way(world):
-    before = world.registry.begin_load("a")
+    before = world.registry.loading.begin("a")
     world.unload("a")
-    after = world.registry.begin_load("a")
+    after = world.registry.loading.begin("a")
     assert world.finish("a", "v1", before) is None
     assert world.finish("a", "v2", after) is not None
     assert world.resolve("a").digest == "v2"
@@ -243,7 +243,7 @@ def test_host_copy_that_finishes_after_its_version_was_dropped_is_freed(world):
 
 def test_failed_replacement_keeps_the_current_version_and_says_so(world):
     version = world.load("a")
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("half a file"))
     info = find_info(world.registry, "a")
     assert (info.state, info.digest, info.error) == (AdapterState.READY, version.digest, "half a file")
 
@@ -251,13 +251,13 @@ def test_failed_replacement_keeps_the_current_version_and_says_so(world):
 @pytest.mark.parametrize("digest", ["v1", "v2"])
 def test_note_of_a_failed_replacement_goes_with_the_next_load(world, digest):
     world.load("a", "v1")
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("half a file"))
     world.load("a", digest)
     assert find_info(world.registry, "a").error is None
 
 
 def test_failed_first_load_is_listed_with_its_reason_and_forgotten_by_unload(world):
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("no config"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("no config"))
     assert find_info(world.registry, "a").state is AdapterState.FAILED
     with pytest.raises(AdapterNotFoundError, match="no config"):
         world.resolve("a")
@@ -363,7 +363,7 @@ def test_trouble_that_may_pass_keeps_what_is_known_of_the_version(world):
     world.registry.pin("a", Tier.HOST)
     record = world.record(version)
     record.is_stored, record.proof = True, "golden file: 3 prompts, largest error 0.001"
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("half a file"))
     before = find_info(world.registry, "a")
     world.registry.fail_waiting(version, AdapterMemoryError("no memory"))
     assert world.registry.current["a"].is_stored

@@ -49,7 +49,7 @@ def test_refused_candidate_waits_for_the_requests_that_prove_it(world):
 
 
 def test_candidate_that_becomes_current_stays(world):
-    ticket = world.registry.begin_load("a")
+    ticket = world.registry.loading.begin("a")
     record = world.add_candidate("a")
     assert world.finish("a", "d1", ticket) is record
     world.registry.drop_candidate(record, world.drain_until)
@@ -111,7 +111,7 @@ def test_candidate_that_fails_while_it_is_proven_is_not_found_again(world):
 
 def test_device_without_memory_just_after_a_candidate_became_current(world):
     """Between publishing and the end of the call it is both; later requests get a version without the error."""
-    ticket = world.registry.begin_load("a")
+    ticket = world.registry.loading.begin("a")
     record = world.add_candidate("a")
     world.finish("a", "d1", ticket)
     world.registry.fail_waiting(record.version, AdapterMemoryError("no memory"))
@@ -314,9 +314,9 @@ def test_unload_of_an_aliased_adapter_is_refused_and_names_the_alias(world):
 
 
 def test_unload_of_what_is_loading_failed_or_unknown(world):
-    world.registry.begin_load("a")
+    world.registry.loading.begin("a")
     check_unload(world.registry, "a")
-    world.registry.fail_load("b", world.registry.begin_load("b"), AdapterMemoryError("no memory"))
+    world.registry.fail_load("b", world.registry.loading.begin("b"), AdapterMemoryError("no memory"))
     check_unload(world.registry, "b")
     with pytest.raises(AdapterNotFoundError):
         check_unload(world.registry, "c")

@@ -54,7 +54,7 @@ class RegistryMachine(RegistryModel):
 
     @rule(target=tickets, adapter_id=IDS)
     def begin_load(self, adapter_id):
-        ticket = (adapter_id, self.registry.begin_load(adapter_id))
+        ticket = (adapter_id, self.registry.loading.begin(adapter_id))
         self.loading.append(ticket)
         return ticket
 
@@ -62,7 +62,7 @@ class RegistryMachine(RegistryModel):
     def finish_load(self, ticket, digest, is_stored):
         adapter_id = ticket[0]
         host_bytes, device_bytes = SIZES[digest]
-        assert self.registry.is_outdated(*ticket) == (ticket in self.outdated)
+        assert self.registry.loading.is_outdated(*ticket) == (ticket in self.outdated)
         if not self.world.can_load(adapter_id, host_bytes, device_bytes, digest):
             return self.fail_load(ticket)
         record = self.world.finish(adapter_id, digest, ticket[1], host_bytes, device_size=device_bytes)

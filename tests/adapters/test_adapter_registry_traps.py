@@ -78,7 +78,7 @@ def test_reload_changes_the_weights_of_running_requests(world):
 def test_replacing_needs_an_unload_first_and_requests_fail_meanwhile(world):
     """SGLang answers "already loaded"."""
     world.load("a", "v1")
-    ticket = world.registry.begin_load("a")
+    ticket = world.registry.loading.begin("a")
     assert world.resolve("a").digest == "v1"
     candidate = world.add_candidate("a", "v2")
     assert world.resolve("a").digest == "v1"
@@ -162,7 +162,7 @@ def test_failed_load_takes_running_requests_with_it(world):
     """vLLM #13698, LoRAX #14: the server crashes."""
     world.load("a", "v1")
     running = world.run("a")
-    world.registry.fail_load("a", world.registry.begin_load("a"), AdapterInvalidError("half a file"))
+    world.registry.fail_load("a", world.registry.loading.begin("a"), AdapterInvalidError("half a file"))
     broken = world.load("b")
     world.registry.activate(world.resolve("b"))
     assert world.registry.claim_device(broken, world.now)

@@ -1,4 +1,4 @@
-"""The registry after a restart: what was loaded by call, pinned and aliased is so again; folders say the rest."""
+"""The registry after a restart: what was loaded by call, pinned and aliased is so again."""
 
 import shutil
 
@@ -7,49 +7,18 @@ import torch
 from lorikeet.adapters.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
-    AdapterNoVersionError,
+    AdapterProofError,
     ServingError,
 )
+from lorikeet.adapters.golden import GOLDEN_FILE, Golden, serialize_golden
 from lorikeet.adapters.info import AdapterState, LoadOptions, Tier
-from lorikeet.adapters.state.state_dir import open_state_dir
-from lorikeet.adapters.watcher import AdapterWatcher
 
 from .managing import CONFIG, activate, checked, digest_of, end, serve, slot_deltas, wait_until
-
-SETTLE_S = 0.01
 
 
 @pytest.fixture
 def make_manager(make_manager):
     yield from checked(make_manager)
-
-
-@pytest.fixture
-def boot(make_manager, tmp_path):
-    """boot(**overrides): start a server's adapters as the server does, after ending those that ran before."""
-    running = []
-
-    def stop():
-        while running:
-            running.pop().close()
-
-    def start(store_bytes=2**24, **overrides):
-        stop()
-        roots = overrides.setdefault("roots", [tmp_path / "adapters"])
-        running.append(open_state_dir(tmp_path / "durable", tmp_path / "scratch", store_bytes))
-        manager = make_manager(state=running[0], **overrides)
-        running.append(manager)
-        manager.restore()
-        watcher = AdapterWatcher(manager, roots, settle_s=SETTLE_S)
-        wait_until(lambda: not watcher.scan(), "the folders to settle")
-        watcher.start()
-        running.append(watcher)
-        manager.finish_restore()
-        return manager
-
-    start.stop = stop
-    yield start
-    stop()
 
 
 @pytest.fixture
@@ -128,6 +97,42 @@ def test_source_with_other_content_by_now_does_not_replace_what_was_loaded(boot,
     assert manager.load("a", elsewhere).digest == digest_of(elsewhere) != digest
 
 
+def write_golden(folder, value):
+    """A golden file whose logits are all this."""
+    golden = Golden(digest_of(folder), ((1, 2),), torch.full((1, 64), float(value)), 0.1, "this test")
+    (folder / GOLDEN_FILE).write_bytes(serialize_golden(golden))
+
+
+def test_golden_file_that_came_last_is_replayed_after_a_restart(boot, elsewhere):
+    """It is no part of the version: unchanged weights may get a better one, and lose it again."""
+    replayed = []
+
+    def prove(version, golden, vocab_size):
+        replayed.append(golden.logits[0, 0].item())
+        if golden.logits[0, 0] < 0:
+            raise AdapterProofError("It is off.")
+        return "fine"
+
+    write_golden(elsewhere, 1)
+    manager = boot(prover=prove)
+    digest = manager.load("a", elsewhere).digest
+    write_golden(elsewhere, 2)
+    manager.load("a", elsewhere)
+    boot(prover=prove)
+    assert replayed == [1, 2, 2]
+    write_golden(elsewhere, -3)
+    manager = boot(prover=prove)
+    with pytest.raises(AdapterProofError):
+        manager.load("a", elsewhere)
+    assert serve(boot(prover=prove), "a").digest == digest, "what was refused was not kept"
+    assert replayed[-2:] == [-3, 2]
+    (elsewhere / GOLDEN_FILE).unlink()
+    manager = boot(prover=prove)
+    manager.load("a", elsewhere)
+    replayed.clear()
+    assert boot(prover=prove).get("a").digest == digest and replayed == []
+
+
 def test_without_kept_files_the_source_is_read_again(boot, elsewhere, edit_config):
     digest = boot(store_bytes=0).load("a", elsewhere).digest
     manager = boot(store_bytes=0)
@@ -147,78 +152,6 @@ def test_options_of_a_load_are_remembered(boot, elsewhere, edit_config, edit_ten
     for store_bytes in (2**24, 0):
         digest = boot(store_bytes=store_bytes).load("a", elsewhere, options).digest
         assert serve(boot(store_bytes=store_bytes), "a").digest == digest
-
-
-def test_rollback_is_overruled_by_a_changed_folder_only(boot, lora_dir, edit_config):
-    manager = boot()
-    first = manager.get("plain").digest
-    edit_config(lora_dir, lora_alpha=5)
-    wait_until(lambda: manager.get("plain").digest == digest_of(lora_dir), "the changed folder")
-    assert manager.rollback("plain").digest == first
-    for _ in range(2):
-        manager = boot()
-        assert manager.get("plain").digest == first, "the folder has still what was rolled back"
-    boot.stop()
-    edit_config(lora_dir, lora_alpha=6)
-    manager = boot()
-    assert manager.get("plain").digest == digest_of(lora_dir)
-    assert manager.rollback("plain").digest == first
-
-
-def test_unloaded_by_call_stays_unloaded_until_its_folder_changes(boot, lora_dir, edit_config):
-    manager = boot()
-    first = manager.get("plain").digest
-    manager.unload("plain")
-    for _ in range(2):
-        manager = boot()
-        assert manager.list() == []
-    boot.stop()
-    edit_config(lora_dir, lora_alpha=6)
-    manager = boot()
-    assert manager.get("plain").digest == digest_of(lora_dir)
-    assert manager.rollback("plain").digest == first
-
-
-def test_load_by_call_lifts_an_unload(boot, lora_dir):
-    boot().unload("plain")
-    boot().load("plain")
-    assert [(i.adapter_id, i.state) for i in boot().list()] == [("plain", AdapterState.READY)]
-
-
-def test_folder_that_changed_while_down_is_a_new_version(boot, lora_dir, edit_config):
-    manager = boot()
-    first = manager.get("plain").digest
-    manager.pin("plain", Tier.HOST)
-    boot.stop()
-    edit_config(lora_dir, lora_alpha=6)
-    manager = boot()
-    info = manager.get("plain")
-    assert (info.digest, info.pinned) == (digest_of(lora_dir), Tier.HOST)
-    assert manager.rollback("plain").digest == first
-
-
-def test_folder_removed_while_down_is_forgotten(boot, lora_dir, tmp_path):
-    manager = boot()
-    manager.pin("plain", Tier.HOST)
-    boot.stop()
-    away = lora_dir.rename(tmp_path / "away")
-    manager = boot()
-    assert manager.list() == [] and manager._core.state.database.load().adapters == ()
-    away.rename(lora_dir)
-    wait_until(lambda: [i.state for i in manager.list()] == [AdapterState.READY], "the folder to be found again")
-    assert manager.get("plain").pinned is None, "what comes later under that name is another adapter"
-
-
-def test_unmounted_root_at_start_forgets_nothing(boot, lora_dir, tmp_path):
-    manager = boot()
-    manager.pin("plain", Tier.HOST)
-    boot.stop()
-    lora_dir.parent.rename(tmp_path / "unmounted")
-    manager = boot(roots=[tmp_path / "mnt"])
-    assert manager.list() == []
-    boot.stop()
-    (tmp_path / "unmounted").rename(lora_dir.parent)
-    assert boot().get("plain").pinned is Tier.HOST
 
 
 def test_alias_to_a_version_that_its_folder_no_longer_has(boot, lora_dir, edit_config, peft_deltas, unpack):
@@ -276,32 +209,6 @@ def test_pinned_adapter_that_is_lost_can_be_unpinned(boot, elsewhere, tmp_path):
     manager.unload("a")
     manager = boot()
     assert manager.list() == [] and manager._registry.pins == {}
-
-
-def test_folder_of_a_pinned_adapter_that_goes_does_not_take_it(boot, lora_dir):
-    manager = boot()
-    digest = manager.get("plain").digest
-    manager.pin("plain", Tier.HOST)
-    shutil.rmtree(lora_dir)
-    wait_until(lambda: manager._core.state.database.get("plain").by_call, "the watcher to see it")
-    assert serve(manager, "plain").digest == digest
-    manager = boot()
-    assert serve(manager, "plain").digest == digest and manager.get("plain").pinned is Tier.HOST
-    manager.unpin("plain")
-    manager.unload("plain")
-    assert boot().list() == []
-
-
-def test_broken_folder_at_start_is_listed_and_can_be_rolled_back(boot, lora_dir, edit_config):
-    digest = boot().get("plain").digest
-    boot.stop()
-    edit_config(lora_dir, use_qalora=True)
-    manager = boot()
-    assert manager.get("plain").state is AdapterState.FAILED
-    with pytest.raises(AdapterNoVersionError):
-        manager.rollback("plain")
-    assert manager.rollback("plain", digest[:12]).digest == digest
-    assert boot().get("plain").digest == digest
 
 
 def test_state_directory_of_another_budget(boot, elsewhere, clone_adapter):

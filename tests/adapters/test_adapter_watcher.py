@@ -279,3 +279,21 @@ def test_watching_goes_on_after_notifications_break(make_manager, roots, source,
         wait_until(is_ready(manager, "a"), "the folder, by looking at intervals")
     finally:
         watcher.close()
+
+
+def test_folder_is_left_alone_while_anything_in_it_is_still_written(watch, roots, source):
+    manager, watcher = watch()
+    shutil.copytree(source, roots[0] / "synced")
+    scan_until(watcher, is_ready(manager, "synced"), "the folder to be loaded")
+    digest = manager.resolve("synced").digest
+    # As rsync replaces a folder: one file is there already, the next grows beside the one that it will replace.
+    config = roots[0] / "synced" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with (roots[0] / "synced" / f".{WEIGHTS}.x7Rk2p").open("wb") as temporary:
+        for _ in range(8):
+            temporary.write(b"0" * 512)
+            temporary.flush()
+            assert watcher.scan()
+            time.sleep(SETTLE_S / 4)
+        assert manager.resolve("synced").digest == digest
+    scan_until(watcher, lambda: manager.resolve("synced").digest != digest, "the settled folder to be loaded")

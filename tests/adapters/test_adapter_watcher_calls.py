@@ -168,6 +168,23 @@ def test_first_load_by_call_while_the_folder_is_read(manager, watcher, lora_dir,
     assert current(manager) == {"plain": digest_of(lora_dir)}
 
 
+def test_folder_that_goes_while_it_is_read_is_forgotten(manager, watcher, lora_dir, tmp_path, monkeypatch, edit_config):
+    """What a load read in a folder that went says nothing about the one that comes later, with the same content."""
+    settle(watcher)
+    edit_config(lora_dir, lora_alpha=6)
+    with stall_reads(monkeypatch, "/plain/", "adapter-load") as gate:
+        wait_until(lambda: not watcher.scan(), "the load to begin")
+        gate.wait_reached()
+        away = lora_dir.rename(tmp_path / "away")
+        wait_until(lambda: not watcher.scan(), "the watcher to see it")
+        assert manager._core.state.database.get("plain") is None
+        away.rename(lora_dir)
+    wait_until(lambda: not manager._registry.loading, "the load to end")
+    assert manager._core.state.database.get("plain") is None
+    settle(watcher)
+    assert current(manager) == {"plain": digest_of(lora_dir)}
+
+
 def test_folder_of_a_failed_pinned_adapter_goes(manager, watcher, lora_dir, tmp_path):
     """Nothing of it is left to be pinned; a folder of that name that comes later is another adapter."""
     settle(watcher)

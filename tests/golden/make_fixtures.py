@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ..base.family_models import save_tokenizer
 from .format_oracle import FormatOracle
 from .formats import CONFIG, WEIGHTS, Format, formats
 
@@ -56,8 +57,6 @@ def fixture_formats() -> dict[str, Format]:
 
 def save_base(directory: Path) -> Path:
     """Save the base of the fixtures; returns where."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -78,10 +77,7 @@ def save_base(directory: Path) -> Path:
             parameter.copy_(1 + values if "norm" in name else values)
     path = directory / BASE
     model.save_pretrained(path)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    save_tokenizer(path, VOCAB)
     return path
 
 

@@ -4,7 +4,6 @@ The names of these tests are the traps: what other servers load without a word a
 """
 
 import dataclasses
-import json
 import re
 import secrets
 import shutil
@@ -14,44 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from lorikeet.adapters.errors import AdapterInvalidError, AdapterProofError
-from lorikeet.adapters.golden import Golden, read_golden, write_golden
 from lorikeet.adapters.info import AdapterInfo
-from lorikeet.adapters.inspection import inspect_directory
 from lorikeet.server.app import App
-from lorikeet.server.golden_reference import encode, reference_logits
+from lorikeet.server.golden_reference import reference_logits
 from lorikeet.server.proof import GoldenProver
 from safetensors.torch import load_file, save_file
 
 from ..conftest import TINY_ADAPTERS
 from ..tiny import save_tiny_adapter, save_tiny_model
+from .golden_files import edit_config, golden_of, stamp, write_true_golden
 from .in_process import Call, greedy_params, serving
 
-PROMPTS = ("In the beginning", "The quick brown fox jumps over the lazy dog", "parrot", "Lorikeets are small birds")
 WEIGHTS = "adapter_model.safetensors"
 Q1 = "base_model.model.model.layers.1.self_attn.q_proj"
-
-
-def digest_of(directory: Path) -> str:
-    return inspect_directory(directory, None, check_golden=False).digest
-
-
-def write_true_golden(directory: Path, base: Path) -> Golden:
-    """What `lorikeet adapters golden` writes."""
-    prompts = encode(base, PROMPTS)
-    logits = reference_logits(base, directory, prompts, progress=False).adapted
-    golden = Golden(digest_of(directory), tuple(map(tuple, prompts)), logits, 0.2, "a test")
-    write_golden(directory, golden)
-    return golden
-
-
-def stamp(directory: Path, golden: Golden) -> None:
-    """Pretend that a golden file was made for what the folder holds now: only its logits can tell."""
-    write_golden(directory, dataclasses.replace(golden, digest=digest_of(directory)))
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +67,6 @@ def copy(root: Path):
     yield make
     for directory in made:
         shutil.rmtree(directory)
-
-
-def golden_of(directory: Path) -> Golden:
-    golden = read_golden(directory, digest=digest_of(directory))
-    assert golden is not None
-    return golden
 
 
 def refused(app: App, directory: Path) -> AdapterProofError:

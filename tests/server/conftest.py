@@ -1,10 +1,12 @@
-"""Real servers, shared by the tests of a module."""
+"""Real servers, shared by the tests of a module; and one with fakes below, for a test of its own."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from .fake_manager import FakeManager
+from .fakes import FakeEngine, serve_on_thread
 from .process import ServerProcess, running_server
 
 # float32 wherever the tests run, so that greedy answers do not depend on what else is in the batch.
@@ -32,3 +34,22 @@ def server(
     log = tmp_path_factory.mktemp("server") / "log"
     with running_server(log, *server_arguments, *directories, "--kv-cache-bytes", "32MiB") as server:
         yield server
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """What `address` has below, for generation."""
+    return FakeEngine()
+
+
+@pytest.fixture
+def manager() -> FakeManager:
+    """What `address` has below, for calls about adapters."""
+    return FakeManager()
+
+
+@pytest.fixture
+def address(engine: FakeEngine, manager: FakeManager) -> Iterator[str]:
+    """Of a server with fakes below, on a thread of its own."""
+    with serve_on_thread(engine=engine, manager=manager) as address:
+        yield address

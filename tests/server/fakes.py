@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,8 +250,11 @@ async def call(
     return await getattr(AdapterServiceStub(channel), method)(request, timeout=deadline_s, metadata=metadata)
 
 
-async def error_of(call: Awaitable[object]) -> RemoteError:
-    """What a call that must fail answers."""
+async def error_of(call: Awaitable[object] | AsyncIterable[object]) -> RemoteError:
+    """What a call that must fail answers, with one message or a stream of them."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
+        if isinstance(call, AsyncIterable):
+            [message async for message in call]
+        else:
+            await call
     return remote_error(caught.value)

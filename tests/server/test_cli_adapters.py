@@ -8,21 +8,10 @@ from lorikeet.adapters.errors import AdapterInUseError
 from lorikeet.adapters.info import LoadOptions, Tier
 from lorikeet.server import cli
 
-from .fake_manager import KJV, OLD_KJV, FakeManager
+from .fake_manager import KJV, OLD_KJV
 from .fakes import OnlyAccess, serve_on_thread
 
 DEVIL = dataclasses.replace(KJV, adapter_id="devil", aliases=(), pinned=None)
-
-
-@pytest.fixture
-def manager():
-    return FakeManager()
-
-
-@pytest.fixture
-def address(manager):
-    with serve_on_thread(manager=manager) as address:
-        yield address
 
 
 @pytest.fixture

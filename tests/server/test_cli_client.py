@@ -8,19 +8,6 @@ import pytest
 from lorikeet.server import cli
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-from .fakes import FakeEngine, serve_on_thread
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-def address(engine):
-    with serve_on_thread(engine=engine) as address:
-        yield address
-
 
 def test_generate_prints_the_text(address, capsys):
     assert cli.run(["generate", "--address", address, "--adapter", "kjv", "--stats", "In the beginning"]) == 0

@@ -8,20 +8,9 @@ from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server import cli
 from lorikeet.server.client import LorikeetClient, generate_request
 
-from .fakes import VERSIONS, FakeEngine, serve_on_thread
+from .fakes import VERSIONS
 
 KJV, DEVIL = VERSIONS["kjv"], VERSIONS["devil"]
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-def address(engine):
-    with serve_on_thread(engine=engine) as address:
-        yield address
 
 
 def run(address, *arguments):

@@ -13,25 +13,7 @@ from lorikeet.server.client import GenerateOptions, LorikeetClient, generate_req
 from lorikeet.server.client import LoadOptions as ClientLoadOptions
 from lorikeet.server.status import RemoteError
 
-from .fake_manager import KJV, OLD_KJV, FakeManager
-from .fakes import FakeEngine, serve_on_thread
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-def manager():
-    return FakeManager()
-
-
-@pytest.fixture
-def address(engine, manager):
-    """Address of a server that runs as long as the test."""
-    with serve_on_thread(manager=manager, engine=engine) as address:
-        yield address
+from .fake_manager import KJV, OLD_KJV
 
 
 @pytest.fixture

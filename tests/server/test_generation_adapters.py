@@ -2,16 +2,14 @@
 
 import math
 
-import grpc
 import pytest
 import structlog
 from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.errors import AdapterCompositionError, AdapterDigestError, AdapterMemoryError
 from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server.errors import QueueFullError
-from lorikeet.server.status import remote_error
 
-from .fakes import VERSIONS, FakeEngine, OnlyAccess, loopback
+from .fakes import VERSIONS, FakeEngine, OnlyAccess, error_of, loopback
 
 KJV, DEVIL = VERSIONS["kjv"], VERSIONS["devil"]
 METHODS = pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -21,15 +19,6 @@ def weighted(*members) -> pb.GenerateRequest:
     """(reference, weight or None) of each member."""
     adapters = [pb.WeightedAdapter(adapter_id=reference, weight=weight) for reference, weight in members]
     return pb.GenerateRequest(prompt="ab", adapters=adapters)
-
-
-async def error_of(call):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            [message async for message in call]
-        else:
-            await call
-    return remote_error(caught.value)
 
 
 def applied(adapter_id: str, digest: str, weight: float) -> pb.AppliedAdapter:

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 
-import grpc
 import pytest
 import structlog
 from lorikeet.adapters.adaptation import Adaptation
@@ -12,18 +11,8 @@ from lorikeet.adapters.version import AdapterVersion
 from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server.engine.request import Delta, Failed
 from lorikeet.server.errors import DeadlineError, QueueFullError
-from lorikeet.server.status import remote_error
 
-from .fakes import MAX_CONTEXT, VOCAB_SIZE, FakeEngine, loopback, one_token_each, wait_for
-
-
-async def error_of(call):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            [message async for message in call]
-        else:
-            await call
-    return remote_error(caught.value)
+from .fakes import MAX_CONTEXT, VOCAB_SIZE, FakeEngine, error_of, loopback, one_token_each, wait_for
 
 
 async def test_unary_answer():

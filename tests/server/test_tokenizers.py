@@ -184,6 +184,9 @@ async def test_ids_are_checked_against_the_adapter_s_vocabulary(world):
     assert await world.encoder.encode(TokenPrompt((world.size + 1,)), vocabulary) == [world.size + 1]
     with pytest.raises(BadRequestError, match=rf"the adapter's vocabulary is 0 to {world.size + 1}\."):
         await world.encoder.encode(TokenPrompt((world.size + 2,)), vocabulary)
+    for wrong in (-1, world.size + 2):
+        with pytest.raises(BadRequestError, match=rf"token_ids contains {wrong} \(at position 2\); the adapter's"):
+            await world.encoder.encode(TokenPrompt((0, world.size + 1, wrong, -5)), vocabulary)
     with pytest.raises(BadRequestError, match=rf"the base's vocabulary is 0 to {world.size - 1}\."):
         await world.encoder.encode(TokenPrompt((world.size,)))
     # An adapter of fewer rows than the base, and the base's tokenizer.

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 import torch
 from lorikeet.adapters.device_store import DeviceStore
-from lorikeet.adapters.state import version_store
+from lorikeet.adapters.state import version_files
 from lorikeet.adapters.state.database import StateDatabase
 
 from .contents import WEIGHTS
@@ -58,7 +58,7 @@ class Faults:
             return happens
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        readv, write, write_durably = os.readv, DeviceStore.write, version_store.write_durably
+        readv, write, write_durably = os.readv, DeviceStore.write, version_files.write_durably
 
         def failing_readv(descriptor: int, buffers: list[memoryview]) -> int:
             if not self.enabled or not os.readlink(f"/proc/self/fd/{descriptor}").endswith(WEIGHTS):
@@ -90,6 +90,6 @@ class Faults:
 
         monkeypatch.setattr(os, "readv", failing_readv)
         monkeypatch.setattr(DeviceStore, "write", failing_write)
-        monkeypatch.setattr(version_store, "write_durably", failing_write_durably)
+        monkeypatch.setattr(version_files, "write_durably", failing_write_durably)
         for name in ("save", "delete", "save_alias", "delete_alias"):
             monkeypatch.setattr(StateDatabase, name, slowed(getattr(StateDatabase, name)))

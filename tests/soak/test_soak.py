@@ -71,7 +71,7 @@ def soaking(
     root = tmp_path / "adapters"
     shutil.copytree(contents[0].directory.parent, root / ".staged")
     with serving(model, root, state_dir=tmp_path / "state", cache_dir=tmp_path / "cache", **SETTINGS) as app:
-        watcher = AdapterWatcher(app.manager, [root], settle_s=0.1, incomplete_s=0.5)
+        watcher = AdapterWatcher(app.manager, [root], settle_s=0.25, incomplete_s=1.0)
         world = World(app, watcher, root, contents, references, faults, Ledger(), logs)
         app.manager.on_dead = app.engine.on_dead = lambda error: world.report(f"a thread died: {error!r}")
         app.manager.restore()

@@ -146,19 +146,45 @@ def crash_scenario(store):
     yield 5
 
 
+# What `crash_replacing` goes through with the files of "A" that its digest says nothing about: content by name.
+REPLACED_STATES = (
+    {"golden": b"old" * 500, "card": b"card"},
+    {"golden": b"new" * 700, "card": b"card"},
+    {"golden": b"new" * 700},
+    {},
+)
+
+
+def replacing_scenario(store):
+    """Yields, after each acknowledged step, the index of the state in REPLACED_STATES."""
+    for number, state in ((2, REPLACED_STATES[2]), (3, REPLACED_STATES[3])):
+        store.replace(digest_of("A"), {name: state.get(name) for name in ("golden", "card")}, ())
+        yield number
+
+
 def crash_everywhere(parent):
+    """Die at each system call of `crash_scenario`."""
+    _die_everywhere(parent, {name: crash_files(name) for name in "AB"}, crash_scenario)
+
+
+def crash_replacing(parent):
+    """Die at each system call of `replacing_scenario`."""
+    _die_everywhere(parent, {"A": crash_files("A") | REPLACED_STATES[0]}, replacing_scenario)
+
+
+def _die_everywhere(parent, files, scenario):
     """Do the scenario in a process that dies at its n-th system call, for each n, in the middle of a write."""
     for fatal in itertools.count(1):
         root = Path(parent) / f"dies-at-{fatal}"
         store = VersionStore(root, CRASH_BUDGET)
-        for name in "AB":
-            assert store.put(digest_of(name), crash_files(name), ())
+        for name, content in files.items():
+            assert store.put(digest_of(name), content, ())
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
             tell, count = os.write, itertools.count(1)
             for name in STORE_CALLS:
                 setattr(os, name, _dying(getattr(os, name), name, count, fatal))
-            for state in crash_scenario(VersionStore(root, CRASH_BUDGET)):
+            for state in scenario(VersionStore(root, CRASH_BUDGET)):
                 tell(writer, bytes([state]))
             os._exit(0)
         os.close(writer)
@@ -255,6 +281,7 @@ COMMANDS = {
     "change-store": change_store,
     "hold-state-dir": hold_state_dir,
     "crash-everywhere": crash_everywhere,
+    "crash-replacing": crash_replacing,
     "use-full-disk": use_full_disk,
     "use-failing-disk": use_failing_disk,
 }
