@@ -16,6 +16,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 ifdef PY
 RUN_READY :=
 DEV_READY :=
+# It need not have this checkout installed: a link makes it importable under its name, and nothing else of the root.
+export PYTHONPATH := $(shell mkdir -p .cache/import && ln -sfn ../.. .cache/import/lorikeet)$(CURDIR)/.cache/import$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 RUN_READY := $(VENV)/.installed-run
@@ -28,10 +30,15 @@ BIN = $(if $(findstring /,$(PY)),$(dir $(PY)))
 TEST_THREADS ?= 1
 # Processes that share the tests of `make test`, file by file.
 TEST_WORKERS ?= 2
+# Where tests marked `gpu` are. Processes that share them: what takes time is compiling kernels and launching small ones.
+GPU_TESTS = tests/gpu tests/kernels tests/engine tests/base tests/golden
+GPU_TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 12 ? n : 12)))
+GPU_TEST_OPTIONS = $(shell "$(PY)" -P -c 'import xdist' 2>/dev/null && echo '-n $(GPU_TEST_WORKERS) --dist loadgroup') \
+	$(if $(OUT),--junitxml="$(OUT)/test-gpu.xml")
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup proto docs lint format type test test-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
+.PHONY: help setup proto docs lint format type test test-gpu sanitize-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -39,7 +46,7 @@ help: ## this list
 	@echo
 	@echo '  ARGS="..."          options for run, bench, bench-gpu: make run ARGS="--port 0"'
 	@echo '  PYTEST_ARGS="..."   options for test, test-gpu: make test PYTEST_ARGS="-x tests/kernels"'
-	@echo '  OUT=DIR             where bench and bench-gpu write [benchmarks/results]'
+	@echo '  OUT=DIR             where bench and bench-gpu write [benchmarks/results], and test-gpu and sanitize-gpu, if given'
 	@echo '  PYTHON=python3.12   the Python to make .venv with;  PY=python3 uses an environment as it is'
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -94,8 +101,13 @@ soak: $(DEV_READY) ## an hour of random loads, replacements, cancels, faults and
 	@OMP_NUM_THREADS=$(TEST_THREADS) LORIKEET_SOAK_SECONDS=$${LORIKEET_SOAK_SECONDS:-3600} $(OFFLINE) "$(PY)" -P -m pytest -q -s \
 		--timeout 0 tests/soak $(PYTEST_ARGS)
 
-test-gpu: $(DEV_READY) ## the tests that need a CUDA device
-	@$(OFFLINE) "$(PY)" -P -m pytest -m gpu $(PYTEST_ARGS)
+# Without what an environment taken as it is (PY=...) may lack: its pytest may know fewer options than pyproject.toml sets.
+test-gpu: $(DEV_READY) ## the tests that need a CUDA device, in a few minutes; with OUT=DIR also as JSON
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -q -m gpu -o addopts=--import-mode=importlib -rfE --disable-warnings \
+		$(GPU_TEST_OPTIONS) $(GPU_TESTS) $(PYTEST_ARGS)
+
+sanitize-gpu: $(DEV_READY) ## compute-sanitizer over some cases of every kernel test
+	@$(OFFLINE) "$(PY)" -P tests/gpu/sanitize.py $(ARGS)
 
 lint: $(DEV_READY) type ## style, types, stub drift, protobuf and deployment files
 	@"$(PY)" -m ruff check .
@@ -130,7 +142,7 @@ bench-loading: $(DEV_READY) ## time between tokens while large adapters come in,
 bench-trace: $(DEV_READY) ## S-LoRA's trace over 5 to 2,000 adapters with memory for 50 (3 GB of temporary disk)
 	@$(OFFLINE) "$(PY)" benchmarks/adapter_trace.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-bench-gpu: $(DEV_READY) ## the same on a CUDA device, with Llama-3-8B shapes
+bench-gpu: $(DEV_READY) ## decode at Llama-3-8B shapes on a CUDA device, beside what its bandwidth allows; under ten minutes
 	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean: ## remove caches and build products (the environment stays: rm -r .venv)

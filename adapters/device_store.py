@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arena import ExtentAllocator, Move, aligned
+from .lora_shape import LoraShape
 from .packing import Override, PackedAdapter, Region
 from .sites import SiteTable
 
@@ -53,6 +54,7 @@ class DeviceStore:
         affine_slots: slots that have an affine at any site.
         overrides: slot -> what it puts in place of the base's own; their token ids are on the device.
         vocab_sizes: slot -> the token ids that it knows are below this; only those that differ from the base.
+        shapes: slot -> what its low-rank deltas and affines need of a captured step.
     """
 
     def __init__(
@@ -72,6 +74,10 @@ class DeviceStore:
         self.affine_slots: set[int] = set()
         self.overrides: dict[int, tuple[Override, ...]] = {}
         self.vocab_sizes: dict[int, int] = {}
+        self.shapes: dict[int, LoraShape] = {}
+        # Allocated with the rest: compaction, which makes room, must not fail for want of it.
+        self._move_buffer = torch.empty(MOVE_BUFFER_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        self._kinds = [site.kind for site in site_table.sites]
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._starts: dict[int, int] = {}  # slot -> start of its extent
 
@@ -115,6 +121,7 @@ class DeviceStore:
         self.has_affine[slot] = packed.site_affines >= 0
         if self.has_affine[slot].any():
             self.affine_slots.add(slot)
+        self.shapes[slot] = self._shape_of(packed)
         if packed.overrides:
             self.overrides[slot] = tuple(self._with_device_ids(override) for override in packed.overrides)
         if packed.vocab_size is not None:
@@ -138,6 +145,7 @@ class DeviceStore:
         self.affine_slots.discard(slot)
         self.overrides.pop(slot, None)
         self.vocab_sizes.pop(slot, None)
+        self.shapes.pop(slot, None)  # never written where the copy failed
         self._free_slots.append(slot)
 
     def override_tensor(self, slot: int, region: Region) -> Tensor:
@@ -161,11 +169,8 @@ class DeviceStore:
 
     def move(self, moves: list[tuple[int, Move]]) -> None:
         """Move extents on the device and point their slots' tables to them, on the current stream."""
-        if not moves:
-            return
-        buffer = torch.empty(MOVE_BUFFER_BYTES // self.arena.element_size(), dtype=self.arena.dtype, device=self.device)
         for slot, (source, target, size) in moves:
-            self._slide(source, target, size, buffer)
+            self._slide(source, target, size, self._move_buffer)
             for table in (self.site_offsets, self.site_affines):
                 offsets = table[:, slot]
                 offsets += torch.where(offsets >= 0, target - source, 0)
@@ -176,6 +181,11 @@ class DeviceStore:
         assert sorted([*self._free_slots, *self._starts]) == list(range(self.max_slots))
         assert len(set(self._starts.values())) == len(self._starts)
         assert self.affine_slots | self.overrides.keys() | self.vocab_sizes.keys() <= self._starts.keys()
+
+    def _shape_of(self, packed: PackedAdapter) -> LoraShape:
+        is_adapted = (packed.site_ranks > 0).any(dim=1) | (packed.site_affines >= 0)
+        kinds = frozenset(kind for kind, adapted in zip(self._kinds, is_adapted.tolist(), strict=True) if adapted)
+        return LoraShape(int(packed.site_ranks.max()), kinds, bool((packed.site_affines >= 0).any()))
 
     def _with_device_ids(self, override: Override) -> Override:
         if override.token_ids is None:

@@ -1,8 +1,10 @@
 """LoRA around the base's linears: what adapters do to y = W x, for the rows of a step that they adapt.
 
 In this order: slices whose adapter has its own weight are computed with that; rows are scaled and shifted (DoRA,
-biases); then y += B (A x) for each pass. Used on the step thread only. What a step needs is prepared once in
-`LoraBatch`; base rows are never touched, and a batch or a site without adapted rows launches nothing at all.
+biases); then y += B (A x) for each pass, on a CPU for all passes together. A batch of one pass has it all in two
+launches, of which the first, A x, may run beside the base's matmul where a CUDA graph is captured (`overlap`). Used on
+the step thread only. What a step needs is prepared once in `LoraBatch`; base rows are never touched, and a batch or a
+site without adapted rows launches nothing at all.
 """
 
 from typing import cast
@@ -10,8 +12,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import lora
-from .lora_batch import LoraBatch
+from ..kernels import lora, lora_cpu, overlap
+from .lora_batch import LoraBatch, Pass
 from .packing import OverrideKind
 from .sites import Site
 
@@ -43,26 +45,65 @@ class LoraLinear(nn.Module):
         Rows are the flat batch in order; of the head those that it computes, and its result is as wide as the largest
         vocabulary among them (`OwnTensors.logits_width`): base rows have zeros beyond the base's ids.
         """
-        y = cast(Tensor, self.base(x))
         batch = self._batch
         if not batch.passes:
-            return y
+            return cast(Tensor, self.base(x))
+        if batch.flat_rows is None and len(batch.passes) == 1:
+            return self._with_one_pass(x, batch.passes[0])
+        y = cast(Tensor, self.base(x))
         if batch.own.by_module:
             y = self._with_own_tensors(x, y)
         for each in batch.passes:
-            if each.affines is not None and each.affines[self.site.index]:
+            if self._has_affine(each):
                 starts, slots, _ = each.sampled if self.site.is_head else each.flat
                 lora.lora_affine_(self._rows_of(y), self._arena, self._affines, starts, slots)
-        for each in batch.passes:
-            max_rank = each.max_ranks[self.site.index]
-            if max_rank == 0:
-                continue
-            starts, slots, weights = each.sampled if self.site.is_head else each.flat
+        if batch.flat_rows is None:
+            for each in batch.passes:
+                if each.max_ranks[self.site.index]:
+                    self._expand_(y, self._shrink(x, each), each, None)
+        elif any(each.max_ranks[self.site.index] for each in batch.passes):
+            rows = batch.sampled_rows if self.site.is_head else batch.flat_rows
+            assert rows is not None
             rows_x = x.reshape(-1, self.site.in_features)
-            tables = (self._arena, self._offsets, self._ranks, starts, slots)
-            h = lora.lora_shrink(rows_x, *tables, max_rank, weights)
-            lora.lora_expand_(self._rows_of(y), h, *tables, self._slice_widths, self.site.in_features)
+            tables = (self._arena, self._offsets, self._ranks)
+            lora_cpu.lora_add_(self._rows_of(y), rows_x, *tables, rows, self._slice_widths)
         return y
+
+    def _with_one_pass(self, x: Tensor, only: Pass) -> Tensor:
+        """The base's y with the deltas of a batch that has one pass."""
+        side = self._batch.side_stream
+        max_rank = only.max_ranks[self.site.index]
+        h = None
+        if side is not None and max_rank and overlap.lora_runs_beside(x.numel() // self.site.in_features):
+            with side.beside():
+                h = self._shrink(x, only)
+            y = cast(Tensor, self.base(x))
+            side.join()
+        else:
+            y = cast(Tensor, self.base(x))
+        if self._batch.own.by_module:
+            y = self._with_own_tensors(x, y)
+        affines = self._affines if self._has_affine(only) else None
+        if max_rank:
+            self._expand_(y, self._shrink(x, only) if h is None else h, only, affines)
+        elif affines is not None:
+            starts, slots, _ = only.sampled if self.site.is_head else only.flat
+            lora.lora_affine_(self._rows_of(y), self._arena, affines, starts, slots)
+        return y
+
+    def _has_affine(self, each: Pass) -> bool:
+        return each.affines is not None and each.affines[self.site.index]
+
+    def _shrink(self, x: Tensor, each: Pass) -> Tensor:
+        starts, slots, weights = each.sampled if self.site.is_head else each.flat
+        rows_x = x.reshape(-1, self.site.in_features)
+        tables = (self._arena, self._offsets, self._ranks, starts, slots)
+        return lora.lora_shrink(rows_x, *tables, each.max_ranks[self.site.index], weights)
+
+    def _expand_(self, y: Tensor, h: Tensor, each: Pass, affines: Tensor | None) -> None:
+        starts, slots, _ = each.sampled if self.site.is_head else each.flat
+        tables = (self._arena, self._offsets, self._ranks, starts, slots)
+        lora.lora_expand_(self._rows_of(y), h, *tables, self._slice_widths, self.site.in_features, affines)
 
     def _rows_of(self, y: Tensor) -> Tensor:
         """The columns that the base has: [rows, out_features]."""

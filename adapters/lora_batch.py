@@ -9,6 +9,9 @@ batch slot 2, which is 0.7 of slot 0 and 0.3 of slot 1 ->
     pass 1   starts [0, 5, 9]      slots [-1, 1]      weights [1, 0.3]
 
 A batch of plain adapters has one pass and no weights, a batch of base rows no pass at all.
+
+On a CPU the layers take the low-rank deltas of all passes together instead, by adapter (`AdaptedRows`); consecutive
+steps of the same rows share what was found for them.
 """
 
 import itertools
@@ -18,6 +21,8 @@ from typing import Final, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..kernels.lora_groups import AdaptedRows, Piece
+from ..kernels.overlap import SideStream
 from .adaptation import MAX_MEMBERS
 from .device_store import DeviceStore
 from .staging import StagedValues
@@ -68,18 +73,18 @@ class _StagedSegments:
     """The tensors of one `Segments`."""
 
     def __init__(self, max_segments: int, device: torch.device) -> None:
-        self._starts = StagedValues(max_segments + 1, torch.int32, device)
-        self._slots = StagedValues(max_segments, torch.int32, device)
-        self._weights = StagedValues(max_segments, torch.float32, device)
-        self.empty = Segments(self._starts.tensor[:1], self._slots.tensor[:0], None)
+        self.starts = StagedValues(max_segments + 1, torch.int32, device)
+        self.slots = StagedValues(max_segments, torch.int32, device)
+        self.weights = StagedValues(max_segments, torch.float32, device)
+        self.empty = Segments(self.starts.tensor[:1], self.slots.tensor[:0], None)
 
     def fill(self, runs: _Runs) -> Segments:
         starts = [0, *itertools.accumulate(runs.rows)]
         is_weighted = any(weight != 1.0 for weight in runs.weights)
         return Segments(
-            self._starts.fill(starts),
-            self._slots.fill(runs.slots),
-            self._weights.fill(runs.weights) if is_weighted else None,
+            self.starts.fill(starts),
+            self.slots.fill(runs.slots),
+            self.weights.fill(runs.weights) if is_weighted else None,
         )
 
 
@@ -95,6 +100,8 @@ class Pass:
 
     def __init__(self, store: DeviceStore, max_segments: int) -> None:
         self._store = store
+        self._rank_sums = store.rank_sums.numpy()
+        self._has_affine = store.has_affine.numpy()
         self._flat = _StagedSegments(max_segments, store.device)
         self._sampled = _StagedSegments(max_segments, store.device)
         self.max_ranks: list[int] = []
@@ -109,17 +116,32 @@ class Pass:
 
     def fill(self, flat: _Runs) -> None:
         """Describe the pass in the next step; some row is adapted."""
-        store = self._store
-        slots = sorted({slot for slot in flat.slots if slot != BASE_SLOT})
-        self.max_ranks = cast(list[int], store.rank_sums[slots].amax(dim=0).tolist())
+        slots = set(flat.slots)
+        slots.discard(BASE_SLOT)
+        self.max_ranks = self._rank_sums[list(slots)].max(axis=0).tolist()
         self.affines = None
-        if not store.affine_slots.isdisjoint(slots):
-            self.affines = cast(list[bool], store.has_affine[slots].any(dim=0).tolist())
+        if not self._store.affine_slots.isdisjoint(slots):
+            self.affines = cast(list[bool], self._has_affine[list(slots)].any(axis=0).tolist())
         self.flat = self._flat.fill(flat)
 
     def fill_sampled(self, sampled: _Runs) -> None:
         """Describe the rows that the head computes."""
         self.sampled = self._sampled.fill(sampled)
+
+
+class _Grouping:
+    """Rows by adapter of the last step's runs, which the next step mostly has too."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._runs: list[_Runs] = []
+        self._rows = AdaptedRows((), dtype)
+
+    def group(self, passes: list[_Runs]) -> AdaptedRows:
+        """The rows that the passes adapt."""
+        if passes != self._runs:
+            self._runs, self._rows = passes, AdaptedRows(_pieces(passes), self._dtype)
+        return self._rows
 
 
 class LoraBatch:
@@ -132,14 +154,23 @@ class LoraBatch:
 
     Attributes:
         passes: none where no row is adapted.
+        flat_rows: on a CPU, what the passes adapt of the flat batch, by adapter; None: the passes are to be taken.
+        sampled_rows: the same of the rows that the head computes, where a pass changes it.
         own: what rows of this step compute with tensors of their adapter in place of the base's; mostly empty.
+        side_stream: where LoRA may run beside the base's matmuls; None on a CPU.
     """
 
     def __init__(self, store: DeviceStore, max_tokens: int, max_segments: int) -> None:
         self.store = store
         self.passes: tuple[Pass, ...] = ()
         self.own = NOTHING
+        self.flat_rows: AdaptedRows | None = None
+        self.sampled_rows: AdaptedRows | None = None
         self._all_passes = tuple(Pass(store, max_segments) for _ in range(MAX_MEMBERS))
+        self.side_stream = SideStream(store.device) if store.device.type == "cuda" else None
+        self._groupings: tuple[_Grouping, _Grouping] | None = None
+        if store.device.type == "cpu":
+            self._groupings = _Grouping(store.arena.dtype), _Grouping(store.arena.dtype)
         self._max_tokens = max_tokens
         self._max_segments = max_segments
 
@@ -165,14 +196,37 @@ class LoraBatch:
         members: _Members = {slot: expand(slot) for slot in slots if slot >= self.store.max_slots}
         sampled = segments if sampled is None else sampled
         self.passes = self._all_passes[: max(map(len, members.values()), default=1)]
-        for number, each in enumerate(self.passes):
-            each.fill(_runs(flat, members, number))
-            if each.changes_head:
-                each.fill_sampled(_runs(_join(sampled), members, number))
+        flat_runs = [_runs(flat, members, number) for number in range(len(self.passes))]
+        for each, runs in zip(self.passes, flat_runs, strict=True):
+            each.fill(runs)
+        if self._groupings is not None:
+            self.flat_rows = self._groupings[0].group(flat_runs)
+        if any(each.changes_head for each in self.passes):
+            self._fill_sampled(_join(sampled), members)
         used = slots.union(slot for each in members.values() for slot, _ in each)
         self.own = NOTHING
         if not used.isdisjoint(self.store.overrides):
             self.own = collect_tensors(self.store, _slot_rows(flat, members), _slot_rows(_join(sampled), members))
+
+    def _fill_sampled(self, sampled: Sequence[tuple[int, int]], members: _Members) -> None:
+        sampled_runs = [_runs(sampled, members, number) for number in range(len(self.passes))]
+        for each, runs in zip(self.passes, sampled_runs, strict=True):
+            if each.changes_head:
+                each.fill_sampled(runs)
+        if self._groupings is not None:
+            self.sampled_rows = self._groupings[1].group(sampled_runs)
+
+
+def _pieces(passes: list[_Runs]) -> list[Piece]:
+    """Adapted rows of all passes."""
+    pieces: list[Piece] = []
+    for runs in passes:
+        end = 0
+        for slot, rows, weight in zip(*runs, strict=True):
+            start, end = end, end + rows
+            if slot != BASE_SLOT:
+                pieces.append(Piece(slot, start, end, weight))
+    return pieces
 
 
 def _join(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

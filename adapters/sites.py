@@ -47,6 +47,11 @@ class Site:
         """Rows of the stacked weight."""
         return sum(s.out_features for s in self.slices)
 
+    @property
+    def kind(self) -> str:
+        """Last part of its name, which the same linears of all layers share, e.g. `qkv_proj`."""
+        return self.name.rpartition(".")[2]
+
 
 class SiteTable:
     """All sites of a base, and where each original module sits in them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import ManagerCore
-from .errors import AdapterNoVersionError
+from .errors import AdapterMismatchError, AdapterNoVersionError
 from .info import LoadOptions
 from .reader import AdapterReader, LoadedAdapter
 from .sources.fetch import Fetcher
@@ -68,6 +68,7 @@ class SourceReader:
         """Read a known version again, from the version store or, when it is not there, from its folder.
 
         Raises:
+            AdapterNoVersionError: neither has this content any more.
             ServingError: as `AdapterReader.read`.
         """
         directory = self._core.state.store.get(version.digest)
@@ -76,7 +77,13 @@ class SourceReader:
             roots = self._sources.roots
             with self._core.changed:
                 directory = self._core.registry.records[version].origin.directory
-        return self._reader.read(version.adapter_id, directory, roots=roots, options=trusting(version.digest))
+        try:
+            return self._reader.read(version.adapter_id, directory, roots=roots, options=trusting(version.digest))
+        except AdapterMismatchError:
+            raise AdapterNoVersionError(
+                f"The files of version {version.digest[:12]} are not kept any more, and where they came from is other "
+                "content by now; load what is there, or put them back."
+            ) from None
 
     def find_kept(self, digest: str) -> Path:
         """Where the files of a version are in the version store.

@@ -1,8 +1,10 @@
 """Small tables that change every step: filled on the host, copied to the device without waiting for it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -25,18 +27,21 @@ class StagedValues:
         cuda = device.type == "cuda"
         self._hosts = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)] if cuda else []
         self._copied = [torch.cuda.Event() for _ in self._hosts]
+        # Lists are written through numpy, which takes a third of the time that torch does.
+        self._arrays = [host.numpy() for host in self._hosts or [self.tensor]]
         self._turn = 0
 
-    def fill(self, values: Sequence[int] | Sequence[float]) -> Tensor:
+    def fill(self, values: Sequence[int] | Sequence[float] | NDArray[Any]) -> Tensor:
         """Write `values` to the front; a view of that part of the device tensor: [len(values)]."""
         n = len(values)
         if not self._hosts:
-            self.tensor[:n] = torch.tensor(values, dtype=self.tensor.dtype)
+            self._arrays[0][:n] = values
             return self.tensor[:n]
         self._turn = 1 - self._turn
         host, copied = self._hosts[self._turn], self._copied[self._turn]
         copied.synchronize()
-        host[:n] = torch.tensor(values, dtype=host.dtype)
+        self._arrays[self._turn][:n] = values
         self.tensor[:n].copy_(host[:n], non_blocking=True)
-        copied.record()
+        # The stream that copied: the thread's own device may be another one.
+        copied.record(torch.cuda.current_stream(self.tensor.device))
         return self.tensor[:n]

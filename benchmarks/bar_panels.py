@@ -34,11 +34,12 @@ def write_result(folder: Path, name: str, result: dict[str, Any], panels: Sequen
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.png"]
     paths[0].write_text(json.dumps(result, indent=2) + "\n")
-    _plot(paths[1], panels, title)
+    draw(paths[1], panels, title)
     return paths
 
 
-def _plot(path: Path, panels: Sequence[Panel], title: str) -> None:
+def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Write a plot of one or more panels beside each other."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -46,8 +47,10 @@ def _plot(path: Path, panels: Sequence[Panel], title: str) -> None:
 
     most = max(len(panel.groups) for panel in panels)
     wide = max(5.5, 0.9 * most)
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(wide * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(all_axes, panels, strict=True):
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(wide * len(panels), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(all_axes[0], panels, strict=True):
         width = 0.8 / len(panel.bars)
         for i, (name, spreads) in enumerate(panel.bars.items()):
             medians = [s.median for s in spreads]

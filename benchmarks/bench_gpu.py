@@ -1,118 +1,246 @@
-"""`make bench-gpu`: the comparison of bench.py on a CUDA device, with Llama-3-8B shapes and random NF4 weights.
+"""`make bench-gpu`: decode at Llama-3-8B shapes on a CUDA device, beside the least time that its bytes allow.
 
-Both sides load the same checkpoint, written here (6.6 GB of temporary disk, no network), and compute in bfloat16. Meant
-to end within ten minutes. Prints progress, then the table last; writes JSON and a plot.
+Random weights, made on the device (no network, no disk). Runs its sections in order of importance within --seconds and
+writes what each found at once; prints progress on stderr and the tables last. docs/performance.md says how each number
+is taken, and what limits it.
 """
 
 import argparse
-import shutil
+import faulthandler
+import re
 import sys
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from comparison import Side, compare
-from lorikeet_side import LorikeetSide
+from bar_panels import draw
+from gpu_decode import (
+    Measured,
+    run_capture,
+    run_chunks,
+    run_decode,
+    run_engine,
+    run_launches,
+    run_prefill,
+    run_switches,
+)
+from gpu_limits import ModelShapes
+from gpu_model import Room, Served, llama_3_8b, serve_random
+from gpu_report import as_text, goals, panels
+from gpu_sections import Budget, Results, Section, run_sections
+from gpu_timing import measure_bandwidth
+from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
-from peft_side import PeftSide
-from report import Ratio, agreement_line, as_json, as_text, write
-from synthetic_model import llama_3_8b, write_random_llama
-from workload import Workload, in_turn, write_random_adapters
 
-MIXED, BASE, PEFT = "Lorikeet mixed", "Lorikeet base", "PEFT mixed"
-RATIOS = (Ratio(MIXED, PEFT), Ratio(MIXED, BASE, of_step_time=True))
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
-SHARD_BYTES = 2**30
-DISK_BYTES = 9 * 10**9  # model and adapters, rounded up
-# KV of 64 streams at 1024 tokens is 8.6 GB a side; weights and adapters are 7.5 GB a side.
+BLOCK_SIZE = 16
+STEP_TOKENS = 8192
+SPARE_TOKENS = 64  # of each stream: what the engine generates beyond the context that steps are timed at
+SPARE_BLOCKS = 512  # of prompts that come in beside decodes
+# Weights, adapters and KV are 23 GB; copies that bandwidth is measured with, and what kernels are compared with.
 GPU_BYTES = 40 * 10**9
+# After the budget a section that hangs is ended, with the stack that it hangs in.
+GRACE_S = 25.0
+COMPILE_SECONDS = 60.0
+# At most; with more time more tiles would be tried.
+NF4_SECONDS, LORA_SECONDS, ATTENTION_SECONDS = 150.0, 60.0, 25.0
 
 
 def main() -> int:
-    """Run the comparison.
+    """Run the benchmark.
 
     Returns:
-        The exit status; 0 without measuring where there is no CUDA device.
+        The exit status: 0, also without measuring where there is no CUDA device; 1 if a section failed.
     """
     options = parse()
     if not torch.cuda.is_available():
         sys.stdout.write("bench-gpu: skipped, torch finds no CUDA device here.\n")
         return 0
     free, _ = torch.cuda.mem_get_info()
-    if free < GPU_BYTES or shutil.disk_usage(tempfile.gettempdir()).free < DISK_BYTES:
+    if free < GPU_BYTES:
         sys.stdout.write(
-            f"bench-gpu: skipped, it needs {GPU_BYTES // 10**9} GB of free GPU memory and {DISK_BYTES // 10**9} GB of "
-            "free temporary disk ($TMPDIR chooses which).\n"
+            f"bench-gpu: skipped, it needs {GPU_BYTES // 10**9} GB of free GPU memory and {free / 1e9:.0f} GB are.\n"
         )
         return 0
-    transformers.utils.logging.disable_progress_bar()
+    budget = Budget(options.seconds)
+    faulthandler.dump_traceback_later(options.seconds + GRACE_S, exit=True)
+    configure_logs("warning", "console")
+    transformers.utils.logging.set_verbosity_error()
     machine = describe_machine()
-    workloads = [Workload(n, options.prompt, options.tokens) for n in options.streams]
-    config = llama_3_8b()
-    with tempfile.TemporaryDirectory() as scratch:
-        base, adapters = Path(scratch) / "base", Path(scratch) / "adapters"
-        sys.stderr.write("  writing a random NF4 checkpoint and adapters\n")
-        write_random_llama(base, config, shard_bytes=SHARD_BYTES, nf4=True, device="cuda", seed=SEED)
-        ids = write_random_adapters(base, adapters, count=options.adapters, rank=options.rank, seed=SEED)
-        sys.stderr.write("  loading both sides\n")
-        lorikeet = LorikeetSide(
-            base,
-            adapters,
-            ids,
-            device="cuda",
-            compute_dtype="bfloat16",
-            # Room for the other side, too.
-            kv_cache_bytes="12GiB",
-            adapter_device_bytes="4GiB",
-            adapter_host_bytes="8GiB",
-            step_tokens=8192,
-        )
-        peft = PeftSide(base, adapters, ids, torch.bfloat16, "cuda")
-        try:
-            series = compare(
-                [
-                    Side(MIXED, lambda prompts, n: lorikeet.run(prompts, in_turn(ids, len(prompts)), n)),
-                    Side(BASE, lambda prompts, n: lorikeet.run(prompts, None, n)),
-                    Side(PEFT, lambda prompts, n: peft.run(prompts, in_turn(ids, len(prompts)), n)),
-                ],
-                workloads,
-                rounds=options.rounds,
-                vocab_size=config.vocab_size,
-            )
-        finally:
-            lorikeet.close()
+    if options.commit:
+        machine["commit"] = options.commit
     settings = {
         "command": "make bench-gpu",
-        "base": "Llama-3-8B shapes, random weights, NF4, double quantization",
-        "adapters": f"{options.adapters} adapters of rank {options.rank} on all linears",
-        "prompt_tokens": options.prompt,
-        "new_tokens": options.tokens,
+        "base": "Llama-3-8B shapes, random weights, NF4, bfloat16",
+        "adapters": f"rank {options.rank} on all linears",
+        "batches": options.batches,
+        "context": options.context,
         "rounds": options.rounds,
-        "compute_dtype": "bfloat16",
-        "nf4_bytes": lorikeet.nf4_bytes,
+        "repeats": options.repeats,
     }
-    what = f"{settings['base']}; {settings['adapters']}, prompt {options.prompt}, {options.tokens} new tokens"
-    result = as_json(series, RATIOS, machine, settings)
-    for path in write(options.out, "bench_gpu", result, series, f"{what}\n{one_line(machine)}"):
-        sys.stdout.write(f"wrote {path}\n")
-    sys.stdout.write(f"{agreement_line(series, MIXED, PEFT)}\n{what}\n{one_line(machine)}\n\n")
-    sys.stdout.write(as_text(series, RATIOS) + "\n")
-    return 0
+    results = Results(options.out / f"{file_name(machine)}.json", {"machine": machine, "settings": settings})
+    sections = _wanted(plan(options, results), options.only)
+
+    def plot(_: float) -> str:
+        path = results.path.with_suffix(".png")
+        what = f"{settings['base']}, {settings['adapters']}, context {options.context}"
+        draw(path, panels(results.content["sections"]), f"{what}\n{one_line(machine)}")
+        return path.name
+
+    is_well = run_sections([*sections, Section("plot", 0, plot)], budget, results)
+    found = goals(results.content["sections"])
+    results.content["goals"] = [{**asdict(goal), "reached": goal.reached} for goal in found]
+    results.save()
+    faulthandler.cancel_dump_traceback_later()
+    text = f"{one_line(machine)}\n\n{as_text(results.content)}\n"
+    results.path.with_suffix(".txt").write_text(text)
+    sys.stdout.write(f"wrote {results.path}\n{text}")
+    return 0 if is_well else 1
+
+
+def _wanted(sections: list[Section], only: list[str] | None) -> list[Section]:
+    """Those of the given names, and the bandwidth that everything is compared with; None: all."""
+    names = [section.name for section in sections]
+    unknown = set(only or ()) - set(names)
+    if unknown:
+        sys.exit(f"bench-gpu: there is no section {', '.join(sorted(unknown))}; there are {', '.join(names)}.")
+    return [section for section in sections if not only or section.name in ("bandwidth", *only)]
+
+
+def plan(options: argparse.Namespace, results: Results) -> list[Section]:
+    """The sections in order of importance."""
+    model: list[Served] = []
+
+    def bandwidth(_: float) -> dict[str, float]:
+        found = measure_bandwidth()
+        sys.stderr.write(f"  copy {found.copy / 1e12:.2f} TB/s, read {found.read / 1e12:.2f} TB/s\n")
+        return asdict(found)
+
+    def copy_bandwidth() -> float:
+        copy: float = results.content["sections"]["bandwidth"]["copy"]
+        return copy
+
+    def served() -> Served:
+        if not model:
+            model.append(build_model(options))
+        return model[0]
+
+    def build(_: float) -> dict[str, Any]:
+        base = served().base
+        shapes = ModelShapes.of(base.config)
+        return {"nf4_bytes": base.nf4_bytes, "dense_bytes": base.dense_bytes, "shapes": asdict(shapes)}
+
+    def measured() -> Measured:
+        return Measured(served(), copy_bandwidth(), options.batches, options.context, options.rounds, options.repeats)
+
+    return [
+        Section("bandwidth", 5, bandwidth),
+        Section("build", 30, build),
+        Section("compile", 30, lambda _: compile_nf4(build_room(options).requests)),
+        Section("capture", 30, lambda _: run_capture(measured())),
+        Section("decode", 30, lambda _: run_decode(measured())),
+        Section("engine", 60, lambda left: run_engine(measured(), left / 6)),
+        Section("prefill", 15, lambda _: run_prefill(measured())),
+        Section("chunks", 30, lambda _: run_chunks(measured())),
+        Section("nf4", 60, lambda left: nf4(min(NF4_SECONDS, 0.4 * left), copy_bandwidth())),
+        Section("lora", 30, lambda left: lora(min(LORA_SECONDS, 0.3 * left), copy_bandwidth())),
+        Section("attention", 15, lambda left: attention(min(ATTENTION_SECONDS, 0.2 * left), copy_bandwidth())),
+        Section("switches", 20, lambda _: run_switches(measured())),
+        Section("launches", 15, lambda _: run_launches(measured())),
+    ]
+
+
+# Imported when they run: they need Triton, which installations without CUDA need not have.
+
+
+def compile_nf4(requests: int) -> dict[str, int]:
+    """Compile the NF4 matmuls of captured steps on all cores; capturing them one by one would take a minute more."""
+    from lorikeet.kernels.nf4_dispatch import GemmTile, choose_way
+    from lorikeet.server.engine.step_graphs import bucket_sizes
+    from nf4_compile import compile_tiles
+    from nf4_kernels import SHAPES
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (properties.major, properties.minor)
+    ways = [
+        choose_way(capability, properties.multi_processor_count, rows, *shape, one_offset, True)
+        for shape in SHAPES.values()
+        for rows in bucket_sizes(requests)
+        for one_offset in (False, True)
+    ]
+    tiles = list(dict.fromkeys(way for way in ways if isinstance(way, GemmTile)))
+    compile_tiles(tiles, capability, COMPILE_SECONDS)
+    return {"tiles": len(tiles)}
+
+
+def nf4(seconds: float, copy_bandwidth: float) -> dict[str, Any]:
+    """The NF4 matmul."""
+    from nf4_kernels import as_text, measure_nf4
+
+    found = measure_nf4(seconds, copy_bandwidth)
+    shown = {**found, "failed": dict(list(found["failed"].items())[:5])}  # a kernel that fails does so in many tiles
+    return {**found, "text": as_text(shown).splitlines()}
+
+
+def lora(seconds: float, copy_bandwidth: float) -> dict[str, Any]:
+    """LoRA's shrink and expand."""
+    from lora_kernels import line, measure_lora
+
+    found = measure_lora(seconds, copy_bandwidth)
+    return {**found, "text": [line(row) for row in found["rows"]]}
+
+
+def attention(seconds: float, copy_bandwidth: float) -> dict[str, Any]:
+    """Paged attention of decodes."""
+    from attention_kernels import line, measure_attention
+
+    found = measure_attention(seconds, copy_bandwidth)
+    return {**found, "text": [line(row) for row in found["rows"]]}
+
+
+def build_model(options: argparse.Namespace) -> Served:
+    """The model, with as many adapters as the largest batch has streams."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return serve_random(llama_3_8b(), build_room(options), device, torch.bfloat16, SEED)
+
+
+def build_room(options: argparse.Namespace) -> Room:
+    """What the largest batch needs, and prompts beside it."""
+    largest = max(*options.batches, 16)
+    width = -(-(options.context + SPARE_TOKENS) // BLOCK_SIZE)
+    return Room(
+        adapters=largest,
+        rank=options.rank,
+        step_tokens=STEP_TOKENS,
+        requests=largest + 16,
+        blocks=largest * width + SPARE_BLOCKS,
+        block_size=BLOCK_SIZE,
+        context=llama_3_8b().max_position_embeddings,
+    )
+
+
+def file_name(machine: dict[str, Any]) -> str:
+    """`h100-80gb-hbm3-2026-11-22-bench`: card, date, what."""
+    card = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower().removeprefix("nvidia")).strip("-")
+    return f"{card}-{machine['date'][:10]}-bench"
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--streams", type=int, nargs="+", default=[1, 16, 64], help="requests at the same time [1 16 64]")
-    add("--prompt", type=int, default=960, help="tokens in each prompt [960]")
-    add("--tokens", type=int, default=64, help="tokens to generate for each [64]")
-    add("--adapters", type=int, default=8, help="random adapters [8]")
+    add("--seconds", type=float, default=540.0, help="for everything; what does not fit is skipped [540]")
+    add("--only", nargs="+", metavar="SECTION", help="run these, and what they need [all]")
+    add("--batches", type=int, nargs="+", default=[1, 16, 64], help="streams at the same time [1 16 64]")
+    add("--context", type=int, default=1024, help="tokens of each stream [1024]")
     add("--rank", type=int, default=16, help="of each adapter [16]")
-    add("--rounds", type=int, default=3, help="times that every side runs [3]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
+    add("--rounds", type=int, default=5, help="in which the sides take turns [5]")
+    add("--repeats", type=int, default=10, help="timed steps of a side in a round [10]")
+    add("--commit", help="what the code is, where it is no git checkout")
+    add("--out", type=Path, default=RESULTS, help="folder for JSON, tables and plot [benchmarks/results]")
     return parser.parse_args()
 
 

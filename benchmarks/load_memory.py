@@ -34,9 +34,7 @@ def main() -> int:
         from synthetic_model import llama_half_billion, write_random_llama
 
         folder = Path(scratch)
-        shard = write_random_llama(
-            folder, llama_half_billion(), shard_bytes=options.shard_bytes, nf4=False, device="cpu", seed=0
-        )
+        shard = write_random_llama(folder, llama_half_billion(), shard_bytes=options.shard_bytes, seed=0)
         checkpoint = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         child = subprocess.run(
             [sys.executable, __file__, "--load", scratch], stdout=subprocess.PIPE, text=True, check=True

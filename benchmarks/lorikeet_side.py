@@ -1,8 +1,6 @@
 """This project's side: the parts of `lorikeet serve` in this process, without gRPC."""
 
-import itertools
 import queue
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,42 +18,12 @@ from lorikeet.server.logs import configure_logs
 from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import resolve_compute
 from measurement import Run
+from step_clock import StepClock
 
 RUN_TIMEOUT_S = 900.0
 
 Adapted = str | Mapping[str, float]
 """What adapts a stream: an adapter's id, "" for the base, or ids with their weights."""
-
-
-class _StepClock:
-    """Hears of every step on the step thread and keeps when it ended and what ran in it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._steps: list[tuple[float, int, int]] = []
-
-    def on_step(self, seconds: float, num_tokens: int, num_requests: int, num_adapters: int) -> None:
-        """`EngineObserver.on_step`."""
-        with self._lock:
-            self._steps.append((time.perf_counter(), num_tokens, num_requests))
-
-    def clear(self) -> None:
-        """Forget the steps so far."""
-        with self._lock:
-            self._steps.clear()
-
-    def full_decode_steps(self, streams: int) -> list[float]:
-        """Seconds from the end of the step before to the end of each step that gave every stream one token.
-
-        So scheduling and delivery of the tokens count, as they do on the other side.
-        """
-        with self._lock:
-            steps = list(self._steps)
-        return [
-            end - before
-            for (before, _, _), (end, tokens, requests) in itertools.pairwise(steps)
-            if tokens == requests == streams
-        ]
 
 
 class LorikeetSide:
@@ -76,7 +44,7 @@ class LorikeetSide:
         model = load_base(str(base), device=compute.device, compute_dtype=compute.dtype, progress=False)
         self.nf4_bytes = model.nf4_bytes
         self._app: App = assemble(config, compute, model, PolicyHolder(None))
-        self._clock = _StepClock()
+        self._clock = StepClock()
         # Beside what the metrics do with it.
         observe = self._app.metrics.on_step
 

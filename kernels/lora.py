@@ -11,6 +11,8 @@ With input width K and slices s of rank r_s = `ranks[slot, s]` (0: not adapted) 
     A of all slices stacked:  [r_0 + ... + r_{S-1}, K] row-major, then
     B_s^T of each slice:      [r_s, N_s] row-major, with the adapter's scaling folded in.
 
+On a CPU the layers take `lora_cpu.lora_add_` instead of the first two, which does both for the rows of all segments.
+
 Slot -1 is the base. The operators are registered as `torch.ops.lorikeet.lora_shrink`, `lora_expand_` and
 `lora_affine_`; call them by the functions of this module.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from . import lora_affine_cpu, lora_cpu
 from .lora_contract import check_affine, check_expand, check_shrink
+from .lora_tiles import num_splits
 
 torch.library.define(
     "lorikeet::lora_shrink",
@@ -31,7 +34,7 @@ torch.library.define(
 torch.library.define(
     "lorikeet::lora_expand_",
     "(Tensor(a!) y, Tensor h, Tensor arena, Tensor offsets, Tensor ranks, Tensor seg_starts, Tensor seg_slots,"
-    " int[] slice_widths, int in_features) -> ()",
+    " int[] slice_widths, int in_features, Tensor? affines=None) -> ()",
 )
 torch.library.define(
     "lorikeet::lora_affine_",
@@ -64,14 +67,13 @@ def lora_shrink(
             are 1, at no cost.
 
     Returns:
-        [num_tokens, max_rank], float32: columns [0, sum of the slot's ranks) of adapted rows, zeros elsewhere.
+        [num_splits, num_tokens, max_rank], float32, whose sum over the first dimension is h: columns [0, sum of the
+        slot's ranks) of adapted rows, zeros elsewhere. Into how many parts the input width is split depends on the
+        device and the shapes; `lora_expand_` adds them up, which saves a launch.
 
     Raises:
         RuntimeError: a tensor breaks this contract.
     """
-    # On a CPU the dispatcher and the checks would take 15 us of a call of 40, and plain torch can't corrupt memory.
-    if x.is_cpu and not torch.compiler.is_compiling():
-        return lora_cpu.lora_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, max_rank, seg_weights)
     return torch.ops.lorikeet.lora_shrink.default(
         x, arena, offsets, ranks, seg_starts, seg_slots, max_rank, seg_weights
     )
@@ -87,12 +89,16 @@ def lora_expand_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
 ) -> None:
     """Adds B h to y in place for the rows of adapted segments; no other row is read or written.
 
+    With `affines` it does before what `lora_affine_` does, in the same launch. Everything is computed in float32; on
+    CUDA y is rounded once at the end, on a CPU also between the two.
+
     Args:
         y: [num_tokens, sum of slice_widths], dtype of arena, rows contiguous.
-        h: [num_tokens, max_rank], float32, from `lora_shrink`.
+        h: [num_splits, num_tokens, max_rank], float32, from `lora_shrink`.
         arena: as for `lora_shrink`, and so the next four.
         offsets: [max_slots], int64.
         ranks: [max_slots, num_slices], int32.
@@ -100,15 +106,13 @@ def lora_expand_(
         seg_slots: [num_segments], int32.
         slice_widths: output width of each slice.
         in_features: input width of the site, which tells where B starts in a block.
+        affines: the `offsets` of `lora_affine_`; None: no slot of the batch has gains and offsets at this site.
 
     Raises:
         RuntimeError: a tensor breaks this contract.
     """
-    if y.is_cpu and not torch.compiler.is_compiling():
-        lora_cpu.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
-        return
     torch.ops.lorikeet.lora_expand_.default(
-        y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features
+        y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features, affines
     )
 
 
@@ -128,6 +132,7 @@ def lora_affine_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, 
     Raises:
         RuntimeError: a tensor breaks this contract.
     """
+    # On a CPU the dispatcher and the checks would take 15 us of a call of 40, and plain torch can't corrupt memory.
     if y.is_cpu and not torch.compiler.is_compiling():
         lora_affine_cpu.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
         return
@@ -145,7 +150,7 @@ def _shrink_cpu(
     seg_weights: Tensor | None = None,
 ) -> Tensor:
     check_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, seg_weights)
-    return lora_cpu.lora_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, max_rank, seg_weights)
+    return lora_cpu.lora_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, max_rank, seg_weights).unsqueeze(0)
 
 
 def _shrink_cuda(
@@ -176,7 +181,8 @@ def _shrink_fake(
     seg_weights: Tensor | None = None,
 ) -> Tensor:
     check_shrink(x, arena, offsets, ranks, seg_starts, seg_slots, seg_weights)
-    return x.new_empty((x.shape[0], max_rank), dtype=torch.float32)
+    splits = num_splits(x.shape[0], x.shape[1], max_rank, x.element_size()) if x.is_cuda else 1
+    return x.new_empty((splits, x.shape[0], max_rank), dtype=torch.float32)
 
 
 def _expand_cpu_(
@@ -189,8 +195,12 @@ def _expand_cpu_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
 ) -> None:
-    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths)
+    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, affines)
+    if affines is not None:
+        lora_affine_cpu.lora_affine_(y, arena, affines, seg_starts, seg_slots)
+    h = h.sum(dim=0)
     lora_cpu.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
 
 
@@ -204,12 +214,14 @@ def _expand_cuda_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
 ) -> None:
     from . import lora_triton
 
-    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths)
+    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, affines)
+    tables = (arena, offsets, ranks, seg_starts, seg_slots)
     with torch.cuda.device_of(y):
-        lora_triton.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
+        lora_triton.lora_expand_(y, h, *tables, slice_widths, in_features, affines)
 
 
 def _expand_fake_(
@@ -222,8 +234,9 @@ def _expand_fake_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
 ) -> None:
-    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths)
+    check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, affines)
 
 
 def _affine_cpu_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:

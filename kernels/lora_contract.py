@@ -39,6 +39,7 @@ def check_expand(
     seg_starts: Tensor,
     seg_slots: Tensor,
     slice_widths: Sequence[int],
+    affines: Tensor | None,
 ) -> None:
     """Raises RuntimeError where arguments of `lora.lora_expand_` break its contract."""
     _check_tables(arena, offsets, seg_starts, seg_slots)
@@ -52,9 +53,17 @@ def check_expand(
         ),
     )
     check(
-        h.dtype == torch.float32 and h.dim() == 2 and h.shape[0] == y.shape[0] and h.stride(1) == 1,
-        lambda: f"h must be float32 [{y.shape[0]}, max_rank] with contiguous rows, got {h.dtype} {list(h.shape)}",
+        h.dtype == torch.float32 and h.dim() == 3 and h.shape[1] == y.shape[0] and h.stride(2) == 1,
+        lambda: (
+            f"h must be float32 [num_splits, {y.shape[0]}, max_rank] with contiguous rows, got {h.dtype}"
+            f" {list(h.shape)}"
+        ),
     )
+    if affines is not None:
+        check(
+            affines.dtype == torch.int64 and affines.shape == offsets.shape,
+            lambda: f"affines must be int64 {list(offsets.shape)}, got {affines.dtype} {list(affines.shape)}",
+        )
 
 
 def check_affine(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:

@@ -1,64 +1,85 @@
-"""LoRA shrink and expand for CPU: segments that are alike run as one batched matmul, the others one by one.
+"""LoRA for CPU: batched matmuls where adapters lie evenly spaced, else one for each adapter; see `lora_groups`.
 
-A decode step has many segments of few rows, where the calls cost more than the arithmetic. Everything is computed in
-fp32 whatever the dtype of the model, which rounds once instead of twice: without AVX512-BF16 MKL's sgemm on converted
-weights beats bf16 matmuls of any number of rows.
+Everything is computed in fp32 whatever the dtype of the model, which rounds once instead of twice: without AVX512-BF16
+MKL's sgemm on converted weights beats bf16 matmuls of any number of rows.
 
-CPU microseconds of shrink and expand at rank 16 and evenly spaced blocks, against one matmul in the model's dtype for
-each segment and slice (one thread of an AVX2 machine that others used too, torch 2.13, 2026-11-22; expect +-30 %):
+Microseconds of CPU time for the four sites of a layer of the demo base (576 -> 576 + 192 + 192, 576 -> 576,
+576 -> 1536 + 1536, 1536 -> 576) at rank 16 in fp32, against the same segment by segment and pass by pass with batched
+matmuls for evenly spaced adapters of one pass only (commit 8fca53c). Least of five rounds in which both took turns over
+six layers, one thread on 2 cores of an AMD EPYC (Zen 3, AVX2) that others used too, torch 2.13, 2026-11-22; expect
++-30 %:
 
-    8 segments of 4 rows   576 -> 576 + 192 + 192   fp32 105, 238 against 165, 264   bf16 190, 195 against 313, 694
-    8 segments of 4 rows   576 -> 1536 + 1536       fp32  92, 245 against 221, 253   bf16 186, 404 against 305, 1920
-    8 segments of 4 rows   1536 -> 576              fp32 101, 121 against 151, 173   bf16 183, 194 against 391, 328
-    32 segments of 1 row   576 -> 576 + 192 + 192   fp32 192, 389 against 682, 1683  bf16 333, 396 against 736, 1328
-    1 segment of 512 rows  576 -> 576 + 192 + 192   fp32 466, 217 against 454, 218   bf16 422, 594 against 3028, 6669
+    8 adapters, 8 rows and 32, evenly spaced                           825, 1222   against 1039, 1388
+    8 of 12 adapters, 8 rows and 32                                   1560, 1798   against 1715, 1920
+    8 of 32 adapters, 8 rows and 32                                   1306, 1576   against 1705, 2036
+    8 adapters with 11, 6, 4, 3, 3, 2, 2, 1 rows                            1455   against       2401
+    32 adapters, 32 rows                                                    2137   against       2511
+    sums of two: random pairs of 8 adapters, 8 rows and 32            1422, 2274   against 2793, 6285
+    sums of two: random pairs of 8 of 32 adapters, 32 rows                  2754   against       6974
+    sums of two: neighbours of 4 adapters, 6 rows and 26               942, 1843   against 3100, 3090
+    the first of those neighbours only                                 733,  921   against 1327, 1539
+    one adapter, 512 rows                                                   3143   against       3008
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Longer segments fill a matmul of their own.
-_MAX_BATCHED_LENGTH = 16
-# Segments that are not beside each other are batched only from this number on: their rows must be gathered and put
-# back, which costs about as much as two or three separate matmuls.
-_MIN_SCATTERED_SEGMENTS = 4
+from .lora_batches import Batch
+from .lora_groups import AdaptedRows, Piece
 
 
-class _Segment(NamedTuple):
-    """Rows [start, end) of one slot, where its site block starts in the arena, in elements, and the factor of h."""
-
-    start: int
-    end: int
-    offset: int
-    ranks: tuple[int, ...]
-    weight: float
-
-
-class _Batch(NamedTuple):
-    """Segments of equal length whose slots have the same ranks.
+class _Blocks(NamedTuple):
+    """The site blocks of a step's slots.
 
     Attributes:
-        rows: the rows that they own, segment by segment: a slice where the segments are beside each other.
-        length: rows of each segment.
-        offsets: of the slots' site blocks, one a segment.
-        ranks: of the slices.
-        weights: factors of h, one a segment.
+        arena: [num_elements].
+        first: where the block at position 0 starts, in elements of the arena.
     """
 
-    rows: slice | Tensor
-    length: int
-    offsets: list[int]
-    ranks: tuple[int, ...]
-    weights: list[float]
+    arena: Tensor
+    first: int
 
-    def take(self, matrix: Tensor) -> Tensor:
-        """Returns the batch's rows of `matrix` [num_tokens, width] as [num_segments, length, width]."""
-        rows = matrix[self.rows] if isinstance(self.rows, slice) else matrix.index_select(0, self.rows)
-        return rows.view(len(self.offsets), self.length, -1)
+    def each(self, batch: Batch, start: int, shape: tuple[int, int], strides: tuple[int, int]) -> list[Tensor]:
+        """For each position the fp32 matrix that starts `start` elements into its block."""
+        origin = self.arena.storage_offset() + self.first + start
+        views = [self.arena.as_strided(shape, strides, origin + position) for position in batch.positions]
+        return views if self.arena.dtype == torch.float32 else [view.float() for view in views]
+
+    def together(self, batch: Batch, start: int, shape: tuple[int, int]) -> Tensor:
+        """The same as one tensor [num_positions, *shape] with contiguous rows; no copy where it is fp32 and even."""
+        count, size = len(batch.positions), shape[0] * shape[1]
+        if batch.step is not None:
+            origin = self.arena.storage_offset() + self.first + batch.positions[0] + start
+            return self.arena.as_strided((count, *shape), (batch.step, shape[1], 1), origin).float()
+        # Row i of this view is arena[i : i + size], so that one call gathers blocks that start anywhere.
+        windows = self.arena.as_strided((self.arena.shape[0] - size + 1, size), (1, 1))
+        starts = torch.tensor(batch.positions) + (self.first + start)
+        return windows.index_select(0, starts).float().view(count, *shape)
+
+
+def lora_add_(
+    y: Tensor, x: Tensor, arena: Tensor, offsets: Tensor, ranks: Tensor, rows: AdaptedRows, slice_widths: Sequence[int]
+) -> None:
+    """Adds weight * B A x to y in place for all pieces of `rows`; no other row is read or written.
+
+    Args:
+        y: [num_tokens, sum of slice_widths], dtype of arena, rows contiguous.
+        x: [num_tokens, in_features], likewise.
+        arena: [num_elements]; this and the next two as for `lora.lora_shrink`.
+        offsets: [max_slots], int64.
+        ranks: [max_slots, num_slices], int32.
+        rows: of the step.
+        slice_widths: output width of each slice.
+    """
+    site = rows.at_site(offsets.numpy(), ranks.numpy())
+    if site is None:
+        return
+    blocks = _Blocks(arena, site.first)
+    for batch in site.batches:
+        _expand_(y, _shrink(x, blocks, batch), blocks, batch, slice_widths, x.shape[1])
 
 
 def lora_shrink(
@@ -72,26 +93,18 @@ def lora_shrink(
     seg_weights: Tensor | None = None,
 ) -> Tensor:
     """See `lora.lora_shrink`."""
-    in_features = x.shape[1]
     h = torch.zeros(x.shape[0], max_rank)
-    origin = arena.storage_offset()
-    segments, batches = _plan(arena, offsets, ranks, seg_starts, seg_slots, seg_weights)
-    for start, end, offset, slice_ranks, weight in segments:
-        rank = sum(slice_ranks)
-        lora_a_t = arena.as_strided((in_features, rank), (1, in_features), origin + offset)
-        slice_h = h[start:end, :rank]
-        torch.addmm(slice_h, x[start:end].float(), lora_a_t.float(), beta=0, alpha=weight, out=slice_h)
-    for batch in batches:
-        rank = sum(batch.ranks)
-        lora_a = _gather(arena, batch.offsets, 0, rank * in_features).view(-1, rank, in_features)
-        product = torch.bmm(batch.take(x).float(), lora_a.transpose(1, 2))
-        if seg_weights is not None:
-            product *= torch.tensor(batch.weights).view(-1, 1, 1)
-        product = product.view(-1, rank)
-        if isinstance(batch.rows, slice):
-            h[batch.rows, :rank] = product
+    site = _adapted_rows(arena, seg_starts, seg_slots, seg_weights).at_site(offsets.numpy(), ranks.numpy())
+    if site is None:
+        return h
+    blocks = _Blocks(arena, site.first)
+    for batch in site.batches:
+        product = _shrink(x, blocks, batch)
+        rank = product.shape[1]
+        if batch.rows is None:
+            h[batch.taken, :rank] = product
         else:
-            h[:, :rank].index_copy_(0, batch.rows, product)
+            h[:, :rank].index_copy_(0, batch.rows, _kept(product, batch))
     return h
 
 
@@ -107,116 +120,93 @@ def lora_expand_(
     in_features: int,
 ) -> None:
     """See `lora.lora_expand_`."""
-    origin = arena.storage_offset()
-    segments, batches = _plan(arena, offsets, ranks, seg_starts, seg_slots)
-    for start, end, offset, slice_ranks, _ in segments:
-        position = origin + offset + sum(slice_ranks) * in_features
-        column = first_rank = 0
-        for rank, width in zip(slice_ranks, slice_widths, strict=True):
-            if rank > 0:
-                lora_b_t = arena.as_strided((rank, width), (width, 1), position)
-                slice_h = h[start:end, first_rank : first_rank + rank]
-                slice_y = y[start:end, column : column + width]
-                if y.dtype == torch.float32:
-                    slice_y.addmm_(slice_h, lora_b_t)
-                else:
-                    slice_y += torch.mm(slice_h, lora_b_t.float())
-                position += rank * width
-                first_rank += rank
-            column += width
-    for batch in batches:
-        _expand_batch_(y, h, arena, batch, slice_widths, in_features)
+    site = _adapted_rows(arena, seg_starts, seg_slots, None).at_site(offsets.numpy(), ranks.numpy())
+    if site is None:
+        return
+    blocks = _Blocks(arena, site.first)
+    for batch in site.batches:
+        _expand_(y, _take(h, batch)[:, : sum(batch.ranks)], blocks, batch, slice_widths, in_features)
 
 
-def _expand_batch_(
-    y: Tensor, h: Tensor, arena: Tensor, batch: _Batch, slice_widths: Sequence[int], in_features: int
+def _adapted_rows(arena: Tensor, seg_starts: Tensor, seg_slots: Tensor, seg_weights: Tensor | None) -> AdaptedRows:
+    starts, slots = seg_starts.tolist(), seg_slots.tolist()
+    weights = [1.0] * len(slots) if seg_weights is None else seg_weights.tolist()
+    pieces = map(Piece, slots, starts, starts[1:], weights)
+    return AdaptedRows((piece for piece in pieces if piece.slot >= 0 and piece.end > piece.start), arena.dtype)
+
+
+def _shrink(x: Tensor, blocks: _Blocks, batch: Batch) -> Tensor:
+    """Computes h of the taken rows: [taken rows, sum of ranks], fp32; undefined for those of no position."""
+    rank, in_features = sum(batch.ranks), x.shape[1]
+    rows = _take(x, batch).float()
+    if batch.together:
+        lora_a = blocks.together(batch, 0, (rank, in_features))
+        h = torch.bmm(rows.view(len(batch.positions), -1, in_features), lora_a.transpose(1, 2)).view(-1, rank)
+    else:
+        h = rows.new_empty(rows.shape[0], rank)
+        lora_a_t = blocks.each(batch, 0, (in_features, rank), (1, in_features))
+        for part_h, part, matrix in zip(_parts(h, batch), _parts(rows, batch), lora_a_t, strict=True):
+            torch.mm(part, matrix, out=part_h)
+    if batch.weights is not None:
+        h *= batch.weights
+    return h
+
+
+def _expand_(
+    y: Tensor, h: Tensor, blocks: _Blocks, batch: Batch, slice_widths: Sequence[int], in_features: int
 ) -> None:
-    sizes = [rank * width for rank, width in zip(batch.ranks, slice_widths, strict=True)]
-    lora_b_t = _gather(arena, batch.offsets, sum(batch.ranks) * in_features, sum(sizes))
-    batch_h = batch.take(h)
-    column = first_rank = position = 0
-    for rank, width, size in zip(batch.ranks, slice_widths, sizes, strict=True):
+    start = sum(batch.ranks) * in_features
+    column = first_rank = 0
+    for rank, width in zip(batch.ranks, slice_widths, strict=True):
         if rank > 0:
-            slice_b_t = lora_b_t[:, position : position + size].view(-1, rank, width)
-            delta = torch.bmm(batch_h[:, :, first_rank : first_rank + rank], slice_b_t).view(-1, width)
+            slice_h = h[:, first_rank : first_rank + rank]
             slice_y = y[:, column : column + width]
-            if isinstance(batch.rows, slice):
-                slice_y[batch.rows] += delta
+            if batch.together:
+                lora_b_t = blocks.together(batch, start, (rank, width))
+                delta = torch.bmm(slice_h.view(len(batch.positions), -1, rank), lora_b_t)
+                _add_(slice_y, delta.view(-1, width), batch)
             else:
-                delta += slice_y.index_select(0, batch.rows)
-                slice_y.index_copy_(0, batch.rows, delta.to(y.dtype))
+                _expand_each_(slice_y, slice_h, blocks.each(batch, start, (rank, width), (width, 1)), batch)
+            start += rank * width
+            first_rank += rank
         column += width
-        first_rank += rank
-        position += size
 
 
-def _plan(
-    arena: Tensor,
-    offsets: Tensor,
-    ranks: Tensor,
-    seg_starts: Tensor,
-    seg_slots: Tensor,
-    seg_weights: Tensor | None = None,
-) -> tuple[list[_Segment], list[_Batch]]:
-    """Returns the adapted segments to run one by one, and those to run together."""
-    slot_offsets, slot_ranks = offsets.numpy(), ranks.numpy()
-    starts = seg_starts.tolist()
-    weights = None if seg_weights is None else seg_weights.tolist()
-    alone: list[_Segment] = []
-    groups: dict[tuple[tuple[int, ...], int], list[_Segment]] = {}
-    for g, slot in enumerate(seg_slots.tolist()):
-        start, end = starts[g], starts[g + 1]
-        if slot < 0 or start == end:
-            continue
-        weight = 1.0 if weights is None else weights[g]
-        segment = _Segment(start, end, int(slot_offsets[slot]), tuple(slot_ranks[slot].tolist()), weight)
-        if not any(segment.ranks):
-            continue
-        if end - start > _MAX_BATCHED_LENGTH:
-            alone.append(segment)
-        else:
-            groups.setdefault((segment.ranks, end - start), []).append(segment)
-    batches: list[_Batch] = []
-    for group in groups.values():
-        batch = _batch(group, arena.dtype)
-        if batch is None:
-            alone += group
-        else:
-            batches.append(batch)
-    return alone, batches
+def _expand_each_(slice_y: Tensor, slice_h: Tensor, lora_b_t: list[Tensor], batch: Batch) -> None:
+    if isinstance(batch.taken, slice) and slice_y.dtype == torch.float32:
+        parts = zip(_parts(slice_y[batch.taken], batch), _parts(slice_h, batch), lora_b_t, strict=True)
+        for part_y, part_h, matrix in parts:
+            part_y.addmm_(part_h, matrix)
+        return
+    delta = slice_h.new_empty(slice_h.shape[0], slice_y.shape[1])
+    for part, part_h, matrix in zip(_parts(delta, batch), _parts(slice_h, batch), lora_b_t, strict=True):
+        torch.mm(part_h, matrix, out=part)
+    _add_(slice_y, delta, batch)
 
 
-def _batch(group: list[_Segment], dtype: torch.dtype) -> _Batch | None:
-    """Returns the group as a batch, or None where that would not be faster."""
-    if len(group) == 1:
-        return None
-    offsets = [segment.offset for segment in group]
-    # fp32 weights that are not evenly spaced would have to be copied; others are copied anyway, to convert them.
-    if dtype == torch.float32 and _spacing(offsets) is None:
-        return None
-    first, last = group[0], group[-1]
-    weights = [segment.weight for segment in group]
-    length = first.end - first.start
-    if last.end == first.start + len(group) * length:  # segments do not overlap, so no other is in between
-        return _Batch(slice(first.start, last.end), length, offsets, first.ranks, weights)
-    if len(group) < _MIN_SCATTERED_SEGMENTS:
-        return None
-    rows = torch.tensor([row for segment in group for row in range(segment.start, segment.end)])
-    return _Batch(rows, length, offsets, first.ranks, weights)
+def _parts(taken: Tensor, batch: Batch) -> Sequence[Tensor]:
+    """The rows of each position."""
+    sections = taken.split_with_sizes(batch.sections)
+    return sections if batch.parts is None else [sections[i] for i in batch.parts]
 
 
-def _spacing(offsets: list[int]) -> int | None:
-    """Returns the distance from each offset to the next where it is the same for all, and not negative."""
-    step = offsets[1] - offsets[0]
-    return step if step >= 0 and all(b - a == step for a, b in pairwise(offsets)) else None
+def _take(matrix: Tensor, batch: Batch) -> Tensor:
+    return matrix[batch.taken] if isinstance(batch.taken, slice) else matrix.index_select(0, batch.taken)
 
 
-def _gather(arena: Tensor, offsets: list[int], start: int, size: int) -> Tensor:
-    """Returns [len(offsets), size] in fp32: row i = elements [offsets[i] + start, offsets[i] + start + size)."""
-    step = _spacing(offsets)
-    if step is not None:
-        first = arena.storage_offset() + offsets[0] + start
-        return arena.as_strided((len(offsets), size), (step, 1), first).float()
-    # Row i of this view is arena[i : i + size], so that one call gathers blocks that start anywhere.
-    windows = arena.as_strided((arena.shape[0] - size + 1, size), (1, 1))
-    return windows.index_select(0, torch.tensor(offsets) + start).float()
+def _kept(matrix: Tensor, batch: Batch) -> Tensor:
+    return matrix if batch.kept is None else matrix.index_select(0, batch.kept)
+
+
+def _add_(slice_y: Tensor, delta: Tensor, batch: Batch) -> None:
+    """Adds the product of the taken rows to their rows of y."""
+    if batch.rows is None:
+        slice_y[batch.taken] += delta
+        return
+    delta = _kept(delta, batch)
+    if batch.distinct is None:
+        slice_y.index_add_(0, batch.rows, delta)
+    else:
+        rows, places = batch.distinct
+        total = slice_y.index_select(0, rows).float().index_add_(0, places, delta)
+        slice_y.index_copy_(0, rows, total.to(slice_y.dtype))

@@ -51,8 +51,14 @@ def lora_expand_reference_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
 ) -> None:
-    """Computes `y += h @ B^T` slice by slice; see `lora.lora_expand_` for the arguments."""
+    """Computes `y += h @ B^T` slice by slice, after the affine; see `lora.lora_expand_`.
+
+    h is [num_tokens, max_rank], as `lora_shrink_reference` returns it.
+    """
+    if affines is not None:
+        lora_affine_reference_(y, arena, affines, seg_starts, seg_slots)
     for g in range(len(seg_slots)):
         slot, start, end = int(seg_slots[g]), int(seg_starts[g]), int(seg_starts[g + 1])
         if slot < 0:

@@ -2,52 +2,47 @@
 
 A program owns a tile of rows of one segment, so that an adapter's weights are read once a tile and rows of different
 adapters never meet; the segment-wise scheme is Punica's SGMV (arXiv 2310.18547). What differs: ranks are exact (a
-program reads its slot's ranks and masks or leaves), all slices of a site share a launch, and weights lie in one flat
-arena instead of padded stacks.
+program reads its slot's ranks and masks or leaves), all slices of a site share a launch, weights lie in one flat arena
+instead of padded stacks, and the input width is split without a launch that adds the parts up: expand does.
 
 Graph-safe: grids depend on shapes and Python ints alone, everything else is read on the device, nothing waits for it. A
 graph captured with one adapter replays right with others as long as `max_rank` was large enough for all of them. Run
 the captured shapes once before, so that no kernel is compiled and loaded during the capture.
 Deterministic: the parts of a split input width are added in a fixed order, without atomics.
+
+**Where the time of a decode goes** (estimated from bytes and launches, not measured). Llama-3-8B has 128 sites. At
+batch 1 an adapter of rank 16 is 84 MB a step, 28 us at 3 TB/s: 1 % of a base step of 2.5 ms. Its 256 launches are what
+costs: a kernel in a graph takes about 1 us to start and, as small as these, 1.5 us to run, nearly all of it a chain of
+dependent loads (tables; ranks and offset; weights). Run one after the other that is 20 %. Against that:
+- No third launch: the parts of a split shrink are added by expand (each of its programs reads at most 16 x 16 floats a
+  row), gains and offsets are applied by expand too. A chain of three loads, tables loaded before they are needed.
+- Shrink does not need y: on a side stream it runs beside the base's matmul (`overlap`), which leaves half of the
+  bandwidth unused, so that its bytes are free too. What remains is expand, and the join of the streams.
+- Or, in one stream, dependent launches: both kernels start early and have their weights in registers when what they
+  wait for ends. That leaves two waits of about 0.7 us for each site, 0.2 ms a step, and is what few rows take.
+Which of the two is faster from how many rows on is to be measured; by this estimate neither reaches 4 % at batch 1,
+since expand follows the matmul. That would take the kernel after it (SiLU, rope, norm) to add B h, for which h is
+ready in time when shrink runs beside: no launch would be left on the critical path.
+At batch 16 and 64 with as many adapters the bytes dominate, 42 and 168 MB for each layer. Tiles of one row
+are 16 KiB a program, loaded at once, 4 to 8 programs on a multiprocessor: more than the 18 KB in flight that 3 TB/s at
+800 ns take.
+Prefill is bound by y, which expand reads and writes: 0.7 GB a layer for 4,096 rows, 0.24 ms at 3 TB/s beside about 3 ms
+of the base's matmuls.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .lora_triton_kernels import affine_kernel, expand_kernel, shrink_kernel
+from .lora_tiles import MAX_DECODE_ROWS, ExpandTiles, ShrinkTiles, expand_tiles, shrink_tiles
+from .lora_triton_affine import affine_kernel
+from .lora_triton_expand import expand_kernel
+from .lora_triton_shrink import shrink_kernel
+from .overlap import launches_dependently, lora_runs_beside
 
-# Steps up to this many rows are taken for decodes: tiles of few rows, since most segments have one.
-_MAX_DECODE_ROWS = 128
-# Programs that a split shrink should reach, about two for each of an H100's 132 multiprocessors.
-_TARGET_PROGRAMS = 256
-_MAX_SPLITS = 16
-
-
-class _Tiles(NamedTuple):
-    """Sizes of a program's tiles: no register spills for sm_90, at most 72 KiB of shared memory. Not tuned on a GPU.
-
-    Attributes:
-        rows: of the batch; at least tl.dot's 16.
-        ranks: rank rows that a shrink program computes, or that an expand program takes at a time.
-        shrink_bytes: of a row of x and of A that a shrink program takes at a time.
-        expand_bytes: of a row of y that an expand program owns.
-        num_stages: of the shrink loop.
-    """
-
-    rows: int
-    ranks: int
-    shrink_bytes: int
-    expand_bytes: int
-    num_stages: int
-
-
-_DECODE_TILES = _Tiles(rows=16, ranks=16, shrink_bytes=512, expand_bytes=256, num_stages=3)
-_PREFILL_TILES = _Tiles(rows=64, ranks=32, shrink_bytes=128, expand_bytes=256, num_stages=4)
 # Affine needs no tl.dot: few rows, since segments are short, and more where they share the loads of gains and offsets.
 _AFFINE_DECODE_ROWS = 4
 _AFFINE_PREFILL_ROWS = 8
@@ -63,26 +58,23 @@ def lora_shrink(
     seg_slots: Tensor,
     max_rank: int,
     seg_weights: Tensor | None = None,
-    num_splits: int | None = None,
+    tiles: ShrinkTiles | None = None,
 ) -> Tensor:
     """See `lora.lora_shrink`.
 
-    `num_splits` overrides into how many parts the input width is split.
+    `tiles` overrides how the work is divided.
     """
     num_tokens, in_features = x.shape
     num_segments = seg_slots.shape[0]
-    h = torch.empty((num_tokens, max_rank), dtype=torch.float32, device=x.device)
+    if tiles is None:
+        tiles = shrink_tiles(num_tokens, in_features, max_rank, x.element_size())
+    out = torch.empty((tiles.num_splits, num_tokens, max_rank), dtype=torch.float32, device=x.device)
     if num_tokens == 0:
-        return h
-    tiles = _tiles(num_tokens)
-    tile_k = tiles.shrink_bytes // x.element_size()
-    num_rank_tiles = triton.cdiv(max_rank, tiles.ranks)
-    if num_splits is None:
-        num_splits = _choose_splits(triton.cdiv(num_tokens, tiles.rows) * num_rank_tiles, in_features // (2 * tile_k))
-    out = h if num_splits == 1 else h.new_empty((num_splits, num_tokens, max_rank))
+        return out
+    dependent = _dependent(x)
     # One segment more than there are: the rows behind the last one, whose h is zero like that of base rows.
-    num_row_tiles = num_tokens // tiles.rows + num_segments + 1
-    shrink_kernel[(num_row_tiles, num_rank_tiles, num_splits)](
+    grid = triton.cdiv(max_rank, tiles.ranks) * tiles.num_splits, num_tokens // tiles.rows + num_segments + 1
+    shrink_kernel[grid](
         out,
         x,
         arena,
@@ -99,15 +91,19 @@ def lora_shrink(
         ranks.stride(0),
         ranks.stride(1),
         NUM_SLICES=ranks.shape[1],
+        NUM_SPLITS=tiles.num_splits,
         TILE_ROWS=tiles.rows,
         TILE_RANKS=tiles.ranks,
-        TILE_K=tile_k,
-        SPLIT_K=triton.cdiv(triton.cdiv(in_features, num_splits), tile_k) * tile_k,
+        ROW_K=tiles.row_k,
+        DOT_K=tiles.dot_k,
+        SPLIT_K=tiles.split_k,
         PADDED_SEGMENTS=_padded(num_segments + 1),
-        num_warps=4,
+        DEPENDENT=dependent,
+        num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        launch_pdl=dependent,
     )
-    return h if num_splits == 1 else torch.sum(out, dim=0, out=h)
+    return out
 
 
 def lora_expand_(
@@ -120,26 +116,35 @@ def lora_expand_(
     seg_slots: Tensor,
     slice_widths: Sequence[int],
     in_features: int,
+    affines: Tensor | None = None,
+    tiles: ExpandTiles | None = None,
 ) -> None:
-    """See `lora.lora_expand_`. h is rounded to the arena's dtype, as PEFT's lora_A does."""
+    """See `lora.lora_expand_`. h is rounded to the arena's dtype, as PEFT's lora_A does, y once at the end.
+
+    `tiles` overrides how the work is divided.
+    """
     num_tokens = y.shape[0]
     num_segments = seg_slots.shape[0]
     if num_tokens == 0 or num_segments == 0:
         return
-    tiles = _tiles(num_tokens)
-    tile_columns = tiles.expand_bytes // y.element_size()
-    tile_ends = list(accumulate(triton.cdiv(width, tile_columns) for width in slice_widths))
-    expand_kernel[(num_tokens // tiles.rows + num_segments, tile_ends[-1])](
+    if tiles is None:
+        tiles = expand_tiles(num_tokens, y.element_size())
+    dependent = _dependent(y)
+    tile_ends = list(accumulate(triton.cdiv(width, tiles.columns) for width in slice_widths))
+    expand_kernel[(tile_ends[-1], num_tokens // tiles.rows + num_segments)](
         y,
         h,
         arena,
         offsets,
         ranks,
+        affines,
         seg_starts,
         seg_slots,
+        num_tokens,
         num_segments,
         in_features,
         y.stride(0),
+        h.stride(1),
         h.stride(0),
         ranks.stride(0),
         ranks.stride(1),
@@ -147,11 +152,17 @@ def lora_expand_(
         SLICE_COLUMNS=(0, *accumulate(slice_widths)),
         SLICE_TILES=(0, *tile_ends),
         NUM_SLICES=len(slice_widths),
+        NUM_SPLITS=h.shape[0],
+        PADDED_SPLITS=triton.next_power_of_2(h.shape[0]),
+        ROWS_APART=tiles.rows_apart,
         TILE_ROWS=tiles.rows,
-        TILE_COLUMNS=tile_columns,
+        TILE_COLUMNS=tiles.columns,
         TILE_RANKS=tiles.ranks,
-        PADDED_SEGMENTS=_padded(num_segments),
-        num_warps=4,
+        PADDED_SEGMENTS=_padded(num_segments + 1),
+        DEPENDENT=dependent,
+        num_warps=tiles.num_warps,
+        num_stages=1,  # ranks are few: a pipeline would take registers and shared memory, and have nothing to do
+        launch_pdl=dependent,
     )
 
 
@@ -161,7 +172,7 @@ def lora_affine_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, 
     num_segments = seg_slots.shape[0]
     if num_tokens == 0 or num_segments == 0:
         return
-    tile_rows = _AFFINE_DECODE_ROWS if num_tokens <= _MAX_DECODE_ROWS else _AFFINE_PREFILL_ROWS
+    tile_rows = _AFFINE_DECODE_ROWS if num_tokens <= MAX_DECODE_ROWS else _AFFINE_PREFILL_ROWS
     tile_columns = _AFFINE_BYTES // y.element_size()
     affine_kernel[(num_tokens // tile_rows + num_segments, triton.cdiv(width, tile_columns))](
         y,
@@ -169,28 +180,21 @@ def lora_affine_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, 
         offsets,
         seg_starts,
         seg_slots,
+        num_tokens,
         num_segments,
         width,
         y.stride(0),
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=tile_columns,
-        PADDED_SEGMENTS=_padded(num_segments),
+        PADDED_SEGMENTS=_padded(num_segments + 1),
         num_warps=4,
     )
 
 
-def _tiles(num_tokens: int) -> _Tiles:
-    return _DECODE_TILES if num_tokens <= _MAX_DECODE_ROWS else _PREFILL_TILES
+def _dependent(x: Tensor) -> bool:
+    return launches_dependently(x.device) and not lora_runs_beside(x.shape[0])
 
 
 def _padded(num_segments: int) -> int:
-    """Few different values, since each compiles a kernel of its own."""
-    return max(64, triton.next_power_of_2(num_segments))
-
-
-def _choose_splits(num_programs: int, most: int) -> int:
-    """Largest power of two that neither passes the limits nor the number of programs that fill the GPU."""
-    splits = 1
-    while splits < _MAX_SPLITS and 2 * splits <= most and splits * num_programs < _TARGET_PROGRAMS:
-        splits *= 2
-    return splits
+    """Few different values, since each compiles a kernel of its own; 128 are one for each thread."""
+    return max(128, triton.next_power_of_2(num_segments))

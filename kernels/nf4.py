@@ -1,147 +1,33 @@
-"""NF4 linear: y = x . dequant(W)^T + bias, on bitsandbytes' kernels.
-
-The weight is held un-nested: 4-bit codes and one fp32 absmax per block of 64. Double quantization has been applied to
-the absmax values (they are what a QLoRA base has, value for value), but its constants are stored expanded, because each
-weight has its own second-level offset and stacked weights (q/k/v) must share one launch. Cost: 4.5 instead of 4.127
-bits a weight.
+"""NF4 linear: y = x . dequant(W)^T + bias.
 
 Which implementation runs:
-- CUDA: `bitsandbytes::gemm_4bit` (fused for few rows, dequantize + matmul for many; bitsandbytes >= 0.50).
+- CUDA: our matmul over the codes for few rows, our dequantization and `F.linear` for many, or `bitsandbytes::gemm_4bit`
+  where that is faster and its contract fits (one second-level offset, so no stack): see `nf4_dispatch`.
 - CPU with AVX512-BF16, bf16 compute, rows a multiple of 32: bitsandbytes' fused CPU kernel, on weights repacked once.
-- otherwise: dequantize this one weight, then `F.linear`.
+- otherwise: bitsandbytes dequantizes this one weight, then `F.linear`.
 
-The reference is `nf4_linear_reference`. Source of the layout: QLoRA (arXiv 2305.14314), bitsandbytes 0.50.2
-`functional.quantize_4bit`.
+The operators are registered as `torch.ops.lorikeet.nf4_linear` and `nf4_dequantize`; call them by the functions of this
+module. The reference is `nf4_linear_reference`.
 """
-
-from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64
-_ROWS_PER_CPU_TILE = 32
-_QUANTIZE_ELEMENTS = 2**20  # a multiple of BLOCK
+from .nf4_contract import check_linear, check_weight
+from .nf4_cpu import prepare_for_cpu, unpack_rows
+from .nf4_dispatch import ROW_BUCKETS, GemmTile, choose_way
+from .nf4_weight import BLOCK, NestedAbsmax, NF4Weight, dequantize_rows
 
-
-@dataclass(slots=True)
-class NF4Weight:
-    """One (possibly stacked) weight.
-
-    Attributes:
-        codes: uint8, two 4-bit codes a byte. Canonical [out * in / 2]; with `cpu_state` set, bitsandbytes' CPU tiles.
-        absmax: float32 [out * in / 64]; empty with `cpu_state` set.
-        out_features: rows.
-        in_features: columns.
-        cpu_state: bitsandbytes' state of the repacked weight, or None.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    out_features: int
-    in_features: int
-    cpu_state: bnb.QuantState | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes of codes and constants."""
-        absmax = self.absmax if self.cpu_state is None else self.cpu_state.absmax
-        return self.codes.nbytes + int(absmax.nbytes)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight, [out, in] in `dtype`. Used per call on CPUs without the fused kernel, and by references."""
-        if self.cpu_state is not None:
-            raise ValueError("this weight was repacked for the fused CPU kernel and has no canonical codes any more")
-        shape = (self.out_features, self.in_features)
-        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.absmax, BLOCK, "nf4", shape, dtype)
-        return values
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) dequantized: float32 [stop - start, in_features]; for reading a weight piece by piece."""
-        if self.cpu_state is not None:
-            return _unpack_rows(self, self.cpu_state, start, stop)
-        k = self.in_features
-        codes, absmax = self.codes[start * k // 2 : stop * k // 2], self.absmax[start * k // BLOCK : stop * k // BLOCK]
-        shape, dtype = (stop - start, k), torch.float32
-        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype)
-        return values
-
-
-def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize one 16-bit or fp32 weight as QLoRA does: NF4, blocks of 64, double-quantized constants.
-
-    Args:
-        weight: [out, in], float16, bfloat16 or float32, `out * in` a multiple of 64.
-
-    Returns:
-        codes uint8 [out * in / 2] and absmax float32 [out * in / 64], where absmax already went through double
-        quantization, so that dequantizing gives exactly what bitsandbytes' nested state gives.
-    """
-    flat = weight.reshape(-1)
-    codes = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(flat.numel() // BLOCK, dtype=torch.float32, device=weight.device)
-    # In pieces: bitsandbytes' CPU quantizer needs about 6 bytes of temporaries for each element.
-    for start in range(0, flat.numel(), _QUANTIZE_ELEMENTS):
-        piece = flat[start : start + _QUANTIZE_ELEMENTS]
-        packed, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
-        codes[start // 2 : start // 2 + packed.numel()] = packed.view(-1)
-        absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
-    # The second level is over the whole weight, as `compress_statistics=True` does it: mean off, 8 bit, blocks of 256.
-    offset = absmax.mean()
-    quantized, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    constants: Tensor = bnb.dequantize_blockwise(quantized, second) + offset
-    return codes, constants
-
-
-def unnest_absmax(state: bnb.QuantState) -> Tensor:
-    """The fp32 absmax of a bitsandbytes state, nested or not: [number of blocks]."""
-    if not state.nested:
-        flat: Tensor = state.absmax.reshape(-1).float()
-        return flat
-    absmax: Tensor = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return absmax.reshape(-1).float()
-
-
-def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weight:
-    """Repack for bitsandbytes' fused CPU kernel where it exists; otherwise return the weight as it is."""
-    fused = (
-        weight.codes.device.type == "cpu"
-        and compute_dtype == torch.bfloat16
-        and weight.out_features % _ROWS_PER_CPU_TILE == 0
-        and weight.cpu_state is None
-        and bnb.has_avx512bf16()
-    )
-    if not fused:
-        return weight
-    state = bnb.QuantState(
-        absmax=weight.absmax,
-        shape=torch.Size((weight.out_features, weight.in_features)),
-        code=bnb.get_4bit_type("nf4", device="cpu"),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=torch.bfloat16,
-    )
-    codes, state = bnb._convert_weight_packed_for_cpu(weight.codes, state)
-    return NF4Weight(codes, torch.empty(0), weight.out_features, weight.in_features, state)
-
-
-def _unpack_rows(weight: NF4Weight, state: bnb.QuantState, start: int, stop: int) -> Tensor:
-    """Rows of a weight that bitsandbytes repacked, with the constants that its kernel multiplies by (rounded to bf16).
-
-    The codes lie in tiles of 32 rows x in_features, whose codes go down a pair of columns before they go to the next;
-    of 64 codes in that order, the first 32 are the low halves of 32 bytes, the others the high halves.
-    """
-    tiles = slice(start // _ROWS_PER_CPU_TILE, -(-stop // _ROWS_PER_CPU_TILE))
-    packed = weight.codes.view(-1, weight.in_features // 2, _ROWS_PER_CPU_TILE)[tiles]
-    codes = torch.cat([packed & 0xF, packed >> 4], dim=-1)
-    codes = codes.view(-1, weight.in_features // 2, _ROWS_PER_CPU_TILE, 2).transpose(1, 2)
-    first = tiles.start * _ROWS_PER_CPU_TILE
-    rows = codes.reshape(-1, weight.in_features)[start - first : stop - first]
-    absmax = state.absmax[:, start:stop].t().float()  # [in_features / 64, out_features], bf16
-    values: Tensor = state.code[rows.int()] * absmax.repeat_interleave(BLOCK, dim=1)
-    return values
+# A weight: `absmax` is float32 with `code_map`, `scales` and `offsets` None, or the codes of nested constants.
+_WEIGHT = "Tensor codes, Tensor absmax, Tensor? code_map, Tensor? scales, Tensor? offsets"
+torch.library.define(
+    "lorikeet::nf4_linear", f"(Tensor x, {_WEIGHT}, int out_features, bool one_offset, Tensor? bias=None) -> Tensor"
+)
+torch.library.define(
+    "lorikeet::nf4_dequantize", f"({_WEIGHT}, int in_features, int first_row, int num_rows, ScalarType dtype) -> Tensor"
+)
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -150,25 +36,202 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Args:
         x: [T, in_features], compute dtype, same device as the weight.
         weight: out_features x in_features.
-        bias: [out_features] or None.
+        bias: [out_features] in x's dtype, or None.
 
     Returns:
         [T, out_features] in x's dtype.
+
+    Raises:
+        RuntimeError: on CUDA, a tensor breaks this contract.
     """
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
     if weight.cpu_state is not None:
         y: Tensor = bnb.gemv_4bit(x, weight.codes, state=weight.cpu_state)
         return y if bias is None else y.add_(bias)
-    if x.device.type == "cuda":
-        shape = (weight.out_features, weight.in_features)
-        out: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
-            x, weight.codes.view(-1, 1), shape, weight.absmax, BLOCK, "nf4", bias=bias
-        )
-        return out
-    return F.linear(x, weight.dequantize(x.dtype), bias)
+    # On a CPU the dispatcher and the checks would take 15 us of a call.
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+    return torch.ops.lorikeet.nf4_linear.default(x, *_tensors(weight), weight.out_features, _one_offset(weight), bias)
+
+
+def nf4_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows [start, stop) dequantized, [stop - start, in_features]; for reading a weight piece by piece."""
+    if weight.cpu_state is not None:
+        return unpack_rows(weight, start, stop).to(dtype)
+    if weight.codes.is_cpu:
+        return dequantize_rows(weight, start, stop, dtype)
+    return torch.ops.lorikeet.nf4_dequantize.default(*_tensors(weight), weight.in_features, start, stop - start, dtype)
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """The same in fp32, from the canonical codes: [T, out_features] float32."""
     return F.linear(x.float(), weight.dequantize(torch.float32), None if bias is None else bias.float())
+
+
+def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weight:
+    """The weight in the form that its device computes with: nested constants on CUDA, bitsandbytes' own on the CPU."""
+    return prepare_for_cpu(weight, compute_dtype) if weight.codes.is_cpu else weight
+
+
+def _tensors(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    absmax = weight.absmax
+    if isinstance(absmax, NestedAbsmax):
+        return weight.codes, absmax.codes, absmax.code_map, absmax.scales, absmax.offsets
+    return weight.codes, absmax, None, None, None
+
+
+def _one_offset(weight: NF4Weight) -> bool:
+    return not isinstance(weight.absmax, NestedAbsmax) or weight.absmax.one_offset
+
+
+def _weight(
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> NF4Weight:
+    if code_map is None or scales is None or offsets is None:
+        return NF4Weight(codes, absmax, out_features, in_features)
+    return NF4Weight(codes, NestedAbsmax(absmax, code_map, scales, offsets, False), out_features, in_features)
+
+
+def _linear_cpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    one_offset: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    check_linear(x, codes, absmax, code_map, scales, offsets, out_features, bias)
+    weight = _weight(codes, absmax, code_map, scales, offsets, out_features, x.shape[1])
+    return F.linear(x, weight.dequantize(x.dtype), bias)
+
+
+def _linear_cuda(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    one_offset: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    from . import nf4_triton  # a CPU-only installation has no Triton
+
+    check_linear(x, codes, absmax, code_map, scales, offsets, out_features, bias)
+    device = torch.cuda.get_device_properties(x.device)
+    num_rows = min(x.shape[0], ROW_BUCKETS[-1] + 1)  # beyond, all are the same: few entries in the function's cache
+    way = choose_way(
+        (device.major, device.minor), device.multi_processor_count, num_rows, out_features, x.shape[1], one_offset,
+        x.element_size() == 2,
+    )  # fmt: skip
+    weight = (codes, absmax, code_map, scales, offsets)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
+        if isinstance(way, GemmTile):
+            return nf4_triton.nf4_gemm(x, *weight, out_features, bias, way)
+        if way == "dequantize":
+            return nf4_triton.nf4_dequantized_linear(x, *weight, out_features, bias)
+    return bitsandbytes_gemm(x, *weight, out_features, bias)
+
+
+def bitsandbytes_gemm(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same by bitsandbytes, for weights with one offset: of `offsets` it takes the first."""
+    shape = (out_features, x.shape[1])
+    if scales is None or offsets is None:
+        return torch.ops.bitsandbytes.gemm_4bit.default(x, codes.view(-1, 1), shape, absmax, BLOCK, "nf4", bias)
+    return torch.ops.bitsandbytes.gemm_4bit.default(
+        x, codes.view(-1, 1), shape, scales, BLOCK, "nf4", bias, absmax, code_map, offsets[0]
+    )
+
+
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    one_offset: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    check_linear(x, codes, absmax, code_map, scales, offsets, out_features, bias)
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _dequantize_cpu(
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    in_features: int,
+    first_row: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_weight(codes, absmax, code_map, scales, offsets, in_features)
+    weight = _weight(codes, absmax, code_map, scales, offsets, 2 * codes.shape[0] // in_features, in_features)
+    return dequantize_rows(weight, first_row, first_row + num_rows, dtype)
+
+
+def _dequantize_cuda(
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    in_features: int,
+    first_row: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from . import nf4_triton
+
+    check_weight(codes, absmax, code_map, scales, offsets, in_features)
+    out = torch.empty((num_rows, in_features), dtype=dtype, device=codes.device)
+    with torch.cuda.device_of(codes):
+        nf4_triton.nf4_dequantize_(out, codes, absmax, code_map, scales, offsets, first_row)
+    return out
+
+
+def _dequantize_fake(
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    in_features: int,
+    first_row: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_weight(codes, absmax, code_map, scales, offsets, in_features)
+    return torch.empty((num_rows, in_features), dtype=dtype, device=codes.device)
+
+
+torch.library.impl("lorikeet::nf4_linear", "CPU", _linear_cpu)
+torch.library.impl("lorikeet::nf4_linear", "CUDA", _linear_cuda)
+torch.library.register_fake("lorikeet::nf4_linear", _linear_fake)
+torch.library.impl("lorikeet::nf4_dequantize", "CPU", _dequantize_cpu)
+torch.library.impl("lorikeet::nf4_dequantize", "CUDA", _dequantize_cuda)
+torch.library.register_fake("lorikeet::nf4_dequantize", _dequantize_fake)

@@ -22,10 +22,13 @@ from .base.selfcheck import check_unproven_family
 from .config import ServerConfig
 from .engine.block_manager import BlockManager
 from .engine.detokenizer import DetokenizerFactory
+from .engine.device_memory import free_bytes
 from .engine.engine import Engine
+from .engine.graph_capture import CaptureBackend, CudaCapture
 from .engine.runner import Runner
 from .engine.sampler import Sampler
 from .engine.scheduler import Scheduler
+from .errors import ConfigError
 from .lifecycle import Ready, serve_until_stopped
 from .metrics import ServerMetrics
 from .metrics_state import StateCollector
@@ -39,6 +42,8 @@ log = structlog.stdlib.get_logger(__name__)
 DEMO = "demo"
 # A golden file's prompts run among everybody's requests, and its adapter may have to wait for device memory.
 PROOF_TIMEOUT_S = 120.0
+# A call that comes while a folder's files are replaced one by one must not make a version of old and new ones.
+LOAD_SETTLE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +99,27 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
         name=BASE_NAME if demo else "",
     )
     check_unproven_family(base)
-    app = assemble(config, compute, base, policy)
+    try:
+        app = assemble(config, compute, base, policy)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{compute.device} ran out of memory although everything should have fit: something else takes of it too. "
+            "Lower --kv-cache-bytes or --adapter-device-bytes."
+        ) from error
     return asyncio.run(serve_until_stopped(app, announce))
 
 
 def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: PolicyHolder) -> App:
-    """Connect the parts; nothing runs yet."""
+    """Connect the parts, and capture decode steps on CUDA; no thread runs yet.
+
+    Raises:
+        ConfigError: a setting does not go with the base, or asks for more memory than there is.
+    """
     registry = CollectorRegistry()
     metrics = ServerMetrics(registry, config.metrics_max_adapters)
     max_context = resolve_context(config, base.max_context)
+    torch.cuda.empty_cache()  # what quantizing the base used
+    num_blocks = resolve_kv_blocks(config, base, max_context, free_bytes(compute.device))
 
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
@@ -124,12 +141,12 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         fetch_timeout_s=config.adapter_fetch_timeout_s,
         allow_zero=config.adapter_allow_zero,
         allow_other_base=config.adapter_allow_other_base,
+        settle_s=LOAD_SETTLE_S,
     )
     composition = CompositionPort(manager, config.adapter_slots)
     lora = LoraBatch(manager.store, max_tokens=config.step_tokens, max_segments=config.max_running)
     base.wrap_sites(lambda linear, site: LoraLinear(linear, site, lora))
 
-    num_blocks = resolve_kv_blocks(config, compute.device, base.kv_block_bytes(config.block_size))
     runner = Runner(
         base,
         lora,
@@ -138,7 +155,9 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         max_requests=config.max_running,
         max_blocks=-(-max_context // config.block_size),
         expand=composition.expand,
+        capture=capture_backend(config, compute.device),
     )
+    runner.capture_graphs(progress=True)
     scheduler = Scheduler(
         BlockManager(num_blocks, config.block_size),
         composition,
@@ -171,7 +190,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         vocab_size=base.vocab_size,
         exact=compute.dtype is torch.float32,
     )
-    registry.register(StateCollector(engine.stats, manager.snapshot, config.adapter_slots))
+    registry.register(StateCollector(engine.stats, manager.snapshot, config.adapter_slots, lambda: runner.graph_stats))
     log.info(
         "settings",
         **config.model_dump(mode="json", exclude={"config"}),
@@ -181,9 +200,15 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
             "threads": compute.threads,
             "max_context": max_context,
             "kv_blocks": num_blocks,
+            "graphs": runner.graph_stats.num_graphs,
         },
     )
     watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
     return App(
         config, base, manager, composition, state, policy, watcher, engine, tokenizers, max_context, metrics, registry
     )
+
+
+def capture_backend(config: ServerConfig, device: torch.device) -> CaptureBackend | None:
+    """What captures decode steps; None: they run eagerly."""
+    return CudaCapture(device) if config.cuda_graphs and device.type == "cuda" else None

@@ -160,14 +160,20 @@ class ServerConfig(BaseSettings):
     kv_cache_bytes: Literal["auto"] | ByteSize = _field(
         "Engine",
         "auto",
-        "KV cache, in bytes or as 512MiB, 2GiB. auto is 80 % of the device memory left beside the weights and adapters "
-        "on CUDA, 512MiB on CPU.",
+        "KV cache, in bytes or as 512MiB, 2GiB. auto is 90 % of the device memory left beside weights, adapters, "
+        "workspace and graphs on CUDA, 512MiB on CPU.",
     )
     block_size: int = _field("Engine", 16, "Tokens in a KV block, 1 to 256.", ge=1, le=256)
     step_tokens: int = _field(
         "Engine", 512, "Most tokens, of prompts and outputs together, in one forward pass, 1 to 65536.", ge=1, le=65536
     )
     max_running: int = _field("Engine", 128, "Most requests in one forward pass, 1 to 4096.", ge=1, le=4096)
+    cuda_graphs: bool = _field(
+        "Engine",
+        True,
+        "Whether decode steps on CUDA are captured as graphs: faster, for some seconds at start and some hundred MiB "
+        "of device memory.",
+    )
     max_waiting: int = _field(
         "Engine", 1024, "Most requests waiting; one more gets RESOURCE_EXHAUSTED. 1 to 1000000.", ge=1, le=1_000_000
     )

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from .. import __version__
 from ..adapters.info import AdapterState, AdapterStats, Tier
-from .engine.stats import EngineStats
+from .engine.stats import EngineStats, GraphStats
 
 _VLLM_LEVELS = {Tier.DEVICE: "gpu", Tier.HOST: "cpu"}
 
@@ -26,12 +26,20 @@ class StateCollector(Collector):
         engine: the engine's `stats`.
         adapters: the adapter manager's `snapshot`.
         max_slots: most adapters on the device at a time.
+        graphs: the runner's `graph_stats`.
     """
 
-    def __init__(self, engine: Callable[[], EngineStats], adapters: Callable[[], AdapterStats], max_slots: int) -> None:
+    def __init__(
+        self,
+        engine: Callable[[], EngineStats],
+        adapters: Callable[[], AdapterStats],
+        max_slots: int,
+        graphs: Callable[[], GraphStats] = GraphStats,
+    ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._max_slots = max_slots
+        self._graphs = graphs
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not read an engine that has not started."""
@@ -44,6 +52,7 @@ class StateCollector(Collector):
         build.add_metric([__version__], 1)
         yield build
         yield from _engine_families(engine)
+        yield from _graph_families(self._graphs())
         yield from _adapter_families(adapters)
         yield from self._vllm_families(engine, adapters)
 
@@ -102,6 +111,16 @@ def _engine_families(stats: EngineStats) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "lorikeet_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", stats.blocks.hit_tokens
     )
+
+
+def _graph_families(stats: GraphStats) -> Iterable[Metric]:
+    yield GaugeMetricFamily("lorikeet_cuda_graphs", "Captured decode steps.", stats.num_graphs)
+    yield GaugeMetricFamily(
+        "lorikeet_cuda_graphs_failed",
+        "1: a capture failed (the log says why), and no further one is tried; steps without a graph run eagerly.",
+        int(bool(stats.failure)),
+    )
+    yield CounterMetricFamily("lorikeet_cuda_graph_replays", "Steps that ran as a captured graph.", stats.num_replays)
 
 
 def _adapter_families(stats: AdapterStats) -> Iterable[Metric]:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from .base.model import BaseModel
 from .config import MIB, ServerConfig
+from .engine.step_graphs import bucket_sizes
 from .errors import ConfigError
+from .memory_plan import MemorySettings, ModelSize, plan_kv_cache
 
 CPU_KV_CACHE_BYTES = 512 * MIB
-CUDA_KV_CACHE_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +60,53 @@ def resolve_context(config: ServerConfig, model_context: int) -> int:
     return config.max_context
 
 
-def resolve_kv_blocks(config: ServerConfig, device: torch.device, block_bytes: int) -> int:
-    """Number of KV blocks. On CUDA, weights and adapter memory are allocated before.
+def resolve_kv_blocks(config: ServerConfig, base: BaseModel, max_context: int, free: int) -> int:
+    """Number of KV blocks; on CUDA, after making sure that everything fits beside the base.
 
     Args:
-        config: kv_cache_bytes, or "auto".
-        device: where the cache will be.
-        block_bytes: bytes of one block over all layers.
+        config: kv_cache_bytes, and what else takes device memory.
+        base: loaded; nothing else is allocated yet.
+        max_context: tokens of the longest context.
+        free: bytes of the device that nobody has allocated; not looked at on a CPU.
 
     Raises:
-        ConfigError: not even one block fits.
+        ConfigError: not even one block fits, or not everything does.
     """
-    if config.kv_cache_bytes != "auto":
-        budget = int(config.kv_cache_bytes)
-    elif device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        budget = int(free * CUDA_KV_CACHE_SHARE)
-    else:
-        budget = CPU_KV_CACHE_BYTES
-    if budget < block_bytes:
+    block_bytes = base.kv_block_bytes(config.block_size)
+    on_cuda = base.device.type == "cuda"
+    auto = None if on_cuda else CPU_KV_CACHE_BYTES
+    given = auto if config.kv_cache_bytes == "auto" else int(config.kv_cache_bytes)
+    if given is not None and given < block_bytes:
         raise ConfigError(
-            f"The KV cache gets {budget} bytes, and one block of {config.block_size} tokens needs {block_bytes}. Raise "
+            f"The KV cache gets {given} bytes, and one block of {config.block_size} tokens needs {block_bytes}. Raise "
             "--kv-cache-bytes."
         )
-    return budget // block_bytes
+    if given is not None and not on_cuda:
+        return given // block_bytes
+    settings = MemorySettings(
+        kv_cache_bytes=given,
+        adapter_device_bytes=config.adapter_device_bytes,
+        adapter_slots=config.adapter_slots,
+        step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        max_blocks=-(-max_context // config.block_size),
+        graph_rows=bucket_sizes if config.cuda_graphs else None,
+    )
+    return plan_kv_cache(_model_size(base, block_bytes), settings, free) // block_bytes
+
+
+def _model_size(base: BaseModel, block_bytes: int) -> ModelSize:
+    *layers, head = base.site_table.sites
+    return ModelSize(
+        hidden=head.in_features,
+        widest=max(site.in_features + site.out_features for site in layers),
+        largest_weight=max(site.in_features * site.out_features for site in layers),
+        vocab=head.out_features,
+        num_sites=len(base.site_table.sites),
+        max_slices=base.site_table.max_slices,
+        itemsize=base.compute_dtype.itemsize,
+        kv_block_bytes=block_bytes,
+    )
 
 
 def _has_avx512_bf16() -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .devices import HAS_GPU
+
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is defined, and other
 # libraries import Triton too, so it is set before anything else is imported.
 if not torch.cuda.is_available():
@@ -14,13 +16,38 @@ if not torch.cuda.is_available():
 TINY_ADAPTERS = ("amber", "birch", "cedar", "dune")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For `make sanitize-gpu`, where every case takes long."""
+    parser.addoption("--sample", type=int, metavar="N", help="run at most N cases of each test, evenly chosen")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Known also where pytest-xdist is not installed."""
+    config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist keeps in one process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device."""
-    if torch.cuda.is_available():
+    most = config.getoption("--sample")
+    if most is not None:
+        items[:] = _sample(items, most)
+    if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _sample(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    cases: dict[tuple[str, bool], list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault((item.nodeid.split("[")[0], item.get_closest_marker("gpu") is not None), []).append(item)
+    chosen: set[pytest.Item] = set()
+    for same in cases.values():
+        count = min(most, len(same))
+        # The first and the last are the extremes of what a test is given.
+        chosen |= {same[i * (len(same) - 1) // max(1, count - 1)] for i in range(count)}
+    return [item for item in items if item in chosen]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...kernels.nf4 import BLOCK, quantize_nf4, unnest_absmax
+from ...kernels.nf4_quantize import quantize_nf4, read_absmax
+from ...kernels.nf4_weight import BLOCK, Absmax
 from ..errors import BaseModelError
 from .checkpoint import BaseCheckpoint
 from .site_plan import SitePlan
@@ -133,7 +134,7 @@ def _write_quantized(plan: SitePlan, part: str, parts: dict[str, Tensor], device
             f"{plan.parent}.{part} is {state.quant_type} in blocks of {state.blocksize}; nf4 in blocks of 64 is served."
         )
     _check_shape(plan, part, tuple(state.shape))
-    _write_codes(plan, part, codes, unnest_absmax(state), device)
+    _write_codes(plan, part, codes, read_absmax(state), device)
 
 
 def _check_shape(plan: SitePlan, part: str, shape: tuple[int, ...]) -> None:
@@ -144,14 +145,13 @@ def _check_shape(plan: SitePlan, part: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _write_codes(plan: SitePlan, part: str, codes: Tensor, absmax: Tensor, device: torch.device) -> None:
+def _write_codes(plan: SitePlan, part: str, codes: Tensor, absmax: Absmax, device: torch.device) -> None:
     start, stop = plan.span(part)
     k, total = plan.in_features, sum(plan.widths)
-    if plan.codes is None or plan.absmax is None:
+    if plan.codes is None:
         plan.codes = torch.empty(total * k // 2, dtype=torch.uint8, device=device)
-        plan.absmax = torch.empty(total * k // BLOCK, dtype=torch.float32, device=device)
     plan.codes[start * k // 2 : stop * k // 2] = codes
-    plan.absmax[start * k // BLOCK : stop * k // BLOCK] = absmax
+    plan.add_absmax(part, absmax)
     plan.missing.discard(f"{plan.parent}.{part}.weight")
 
 

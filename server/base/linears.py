@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...kernels.nf4 import NF4Weight, nf4_linear
+from ...kernels.nf4 import nf4_linear
+from ...kernels.nf4_weight import NF4Weight
 
 
 class NF4Linear(nn.Module):

@@ -4,6 +4,7 @@ Linears inside decoder layers become NF4; embeddings, norms and lm_head keep 16 
 them. q/k/v and gate/up are stacked. Runs once, at start, on the main thread.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from .base_hash import identify_base
 from .checkpoint import BaseCheckpoint, quantization_of, resolve_source
 from .families import check_servable, context_limit
 from .fill import fill_model
+from .footprint import explained_out_of_memory, resident_bytes
 from .model import BaseModel
 from .module_table import describe_modules
 from .nf4_cache import NF4Cache
-from .site_plan import describe_sites, install_sites, plan_sites
+from .site_plan import SitePlan, describe_sites, install_sites, plan_sites
 from .weights import ResidentWeights
 
 
@@ -54,20 +56,56 @@ def load_base(
     directory = resolve_source(source)
     checkpoint = BaseCheckpoint(directory)
     config = _read_config(directory)
-    architecture = check_servable(config)
+    check_servable(config)
     quantized = quantization_of(config) is not None
+    cache = NF4Cache(cache_dir, checkpoint, compute_dtype) if cache_dir and not quantized else None
+
+    def fill(model: nn.Module, plans: list[SitePlan]) -> None:
+        if cache is None or not cache.read(model, plans, device):
+            fill_model(model, plans, checkpoint, device, compute_dtype, quantized, progress)
+            if cache is not None:
+                cache.write(model, plans)
+
+    return build_base(
+        config,
+        fill,
+        tokenizer=_read_tokenizer(directory),
+        eos_token_ids=_eos_token_ids(directory, config),
+        fingerprint=identify_base(source, name, directory, checkpoint),
+        device=device,
+        compute_dtype=compute_dtype,
+    )
+
+
+def build_base(
+    config: PretrainedConfig,
+    fill: Callable[[nn.Module, list[SitePlan]], None],
+    *,
+    tokenizer: Any,
+    eos_token_ids: frozenset[int],
+    fingerprint: BaseFingerprint,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> BaseModel:
+    """Build the module tree, have it filled, and put the NF4 linears in.
+
+    Args:
+        config: of the model.
+        fill: gives every plan its codes and every other parameter its tensor, on `device`.
+        tokenizer, eos_token_ids, fingerprint, device, compute_dtype: see `BaseModel`.
+
+    Raises:
+        BaseModelError: this architecture cannot be served, or its weights do not fit into the device's memory.
+    """
+    architecture = check_servable(config)
     model = _empty_model(config, compute_dtype)
     plans = plan_sites(model)
     module_table = describe_modules(model)
-    cache = NF4Cache(cache_dir, checkpoint, compute_dtype) if cache_dir and not quantized else None
-    if cache is None or not cache.read(model, plans, device):
-        fill_model(model, plans, checkpoint, device, compute_dtype, quantized, progress)
-        if cache is not None:
-            cache.write(model, plans)
+    with explained_out_of_memory(resident_bytes(model, plans, compute_dtype), device):
+        fill(model, plans)
     model.tie_weights()  # type: ignore[operator]
     _move_buffers(model, device)
     site_table = SiteTable(install_sites(model, plans, compute_dtype))
-    tokenizer = _read_tokenizer(directory)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -79,8 +117,8 @@ def load_base(
         device=device,
         compute_dtype=compute_dtype,
         max_context=context_limit(config),
-        eos_token_ids=_eos_token_ids(directory, config),
-        fingerprint=identify_base(source, name, directory, checkpoint),
+        eos_token_ids=eos_token_ids,
+        fingerprint=fingerprint,
     )
 
 

@@ -1,7 +1,8 @@
-"""A loaded base model, and the hooks through which LoRA and paged attention get into transformers' forward."""
+"""A loaded base model: its forward pass, and how LoRA and paged attention get into it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from transformers import PretrainedConfig
 
 from ...adapters.fingerprint import BaseFingerprint
 from ...adapters.modules import BaseWeights, ModuleTable
+from ...adapters.row_overrides import RowOverrides
 from ...adapters.sites import Site, SiteTable
-from .attention import KVCache
+from .attention import KVCache, PagedStep
+from .lean_decoder import LeanDecoder
+from .lean_modules import read_lean_modules
 from .linears import NF4Linear, StackedLinear
 
 
@@ -32,6 +36,7 @@ class BaseModel:
         max_context: tokens.
         eos_token_ids: ids that end a request unless it ignores them.
         fingerprint: how adapters may know it: name and hash.
+        lean: a faster forward than transformers', of the same modules; None: this model has none.
     """
 
     model: nn.Module
@@ -46,6 +51,13 @@ class BaseModel:
     max_context: int
     eos_token_ids: frozenset[int]
     fingerprint: BaseFingerprint
+    lean: LeanDecoder | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        modules = read_lean_modules(self.model, self.site_table)
+        if modules is not None:
+            self.lean = LeanDecoder(modules, self.max_context, self.compute_dtype)
+            self.lean.connect(self.site_module)
 
     @property
     def vocab_size(self) -> int:
@@ -95,6 +107,8 @@ class BaseModel:
                 current.linear = wrap(current.linear, site)
             else:
                 setattr(module, leaf, wrap(current, site))
+        if self.lean is not None:
+            self.lean.connect(self.site_module)
 
     def kv_block_bytes(self, block_size: int) -> int:
         """Bytes of one block of `block_size` tokens over all layers, keys and values."""
@@ -119,19 +133,32 @@ class BaseModel:
         config: PretrainedConfig = self.model.config  # type: ignore[assignment]
         return config
 
-    def logits(self, ids: Tensor, positions: Tensor, *, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """One forward pass.
+    def logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        *,
+        rows: Tensor | None = None,
+        paged: PagedStep | None = None,
+        overrides: RowOverrides | None = None,
+    ) -> Tensor:
+        """One forward pass: the lean one where the model has one, otherwise transformers'.
 
         Args:
             ids: int64 [1, T], the flat batch.
             positions: int64 [1, T], position of each token in its own sequence.
             rows: int64 [n], the tokens whose logits are wanted; None: all.
-            kwargs: handed to the attention function (`paged=PagedStep`).
+            paged: where the tokens are in the paged cache; None: one sequence, and attention as the config says.
+            overrides: of this step, where rows have an embedding or norms of their own.
 
         Returns:
             float32 [n, vocab]; wider where an adapter of these rows knows more ids.
         """
+        if self.lean is not None and paged is not None:
+            return self.lean.logits(ids[0], positions[0], paged, rows, overrides).float()
         keep: Any = 0 if rows is None else rows
-        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, **kwargs)
+        attention = {} if paged is None else {"paged": paged}
+        with nullcontext() if overrides is None else overrides.applied(ids[0]):
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, **attention)
         logits: Tensor = out.logits
         return logits[0].float()

@@ -1,12 +1,14 @@
 """Keeps the quantized form of a 16-bit base on disk, so that only the first start pays for quantizing.
 
-One safetensors file a (source files, compute dtype): the stacked codes and constants of every site and the tensors that
-stay 16-bit. It is only ever a copy: anything wrong with it means quantizing again, and a full disk means doing without.
+One safetensors file a (source files, compute dtype): the stacked codes and constants of every site, nested where they
+can be, whatever device wrote it, and the tensors that stay 16-bit. It is only ever a copy: anything wrong with it means
+quantizing again, and a full disk means doing without.
 """
 
 import hashlib
 import os
 from pathlib import Path
+from typing import Final
 
 import structlog
 import torch
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...kernels.nf4_weight import Absmax, NestedAbsmax
 from .checkpoint import BaseCheckpoint
 from .fill import required_dense_names, set_parameter
 from .site_plan import SitePlan
@@ -21,7 +24,9 @@ from .site_plan import SitePlan
 _log = structlog.get_logger(__name__)
 
 # Part of the key: raise it when the content of the file changes.
-_FORMAT = "2"
+_FORMAT = "3"
+# What lies beside the codes of nested constants.
+_NESTED: Final = ("code_map", "scales", "offsets")
 
 
 class NF4Cache:
@@ -51,12 +56,14 @@ class NF4Cache:
             _log.warning("nf4_cache_unreadable", path=str(self.path))
             return False
         required = {f"sites.{i}.{key}" for i in range(len(plans)) for key in ("codes", "absmax")}
+        nested = {name for name in required if name.endswith(".absmax") and _is_nested(tensors, name)}
+        required |= {f"{name}.{key}" for name in nested for key in _NESTED}
         if not required | required_dense_names(model, plans) <= tensors.keys():
             _log.warning("nf4_cache_incomplete", path=str(self.path))
             return False
         for index, plan in enumerate(plans):
             plan.codes = tensors.pop(f"sites.{index}.codes")
-            plan.absmax = tensors.pop(f"sites.{index}.absmax")
+            plan.absmax = _take_absmax(tensors, f"sites.{index}.absmax", one_offset=len(plan.parts) == 1)
             plan.bias = tensors.pop(f"sites.{index}.bias", None)
             plan.missing.clear()
         for name, tensor in tensors.items():
@@ -67,8 +74,11 @@ class NF4Cache:
         """Store the filled model; a disk that is full or read-only is logged and otherwise ignored."""
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters() if p.device.type != "meta"}
         for index, plan in enumerate(plans):
-            parts = {"codes": plan.codes, "absmax": plan.absmax, "bias": plan.bias}
-            tensors |= {f"sites.{index}.{key}": value for key, value in parts.items() if value is not None}
+            assert plan.codes is not None and plan.absmax is not None
+            tensors[f"sites.{index}.codes"] = plan.codes
+            tensors |= _name_absmax(plan.absmax, f"sites.{index}.absmax")
+            if plan.bias is not None:
+                tensors[f"sites.{index}.bias"] = plan.bias
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,3 +88,23 @@ class NF4Cache:
             _log.warning("nf4_cache_not_written", path=str(self.path), hint="the next start quantizes again")
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_nested(tensors: dict[str, Tensor], name: str) -> bool:
+    return name in tensors and tensors[name].dtype == torch.uint8
+
+
+def _name_absmax(absmax: Absmax, name: str) -> dict[str, Tensor]:
+    if not isinstance(absmax, NestedAbsmax):
+        return {name: absmax}
+    return {name: absmax.codes} | {f"{name}.{key}": getattr(absmax, key) for key in _NESTED}
+
+
+def _take_absmax(tensors: dict[str, Tensor], name: str, *, one_offset: bool) -> Absmax:
+    """Remove the constants that `_name_absmax` named."""
+    nested = _is_nested(tensors, name)
+    codes = tensors.pop(name)
+    if not nested:
+        return codes
+    code_map, scales, offsets = (tensors.pop(f"{name}.{key}") for key in _NESTED)
+    return NestedAbsmax(codes, code_map, scales, offsets, one_offset)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.sites import Site, Slice
-from ...kernels.nf4 import BLOCK, NF4Weight, prepare_for_device
+from ...kernels.nf4 import prepare_for_device
+from ...kernels.nf4_weight import BLOCK, Absmax, NF4Weight, stack_absmax
 from ..errors import BaseModelError
 from .linears import NF4Linear, SliceLinear, StackedLinear
 
@@ -20,7 +21,10 @@ STACKS: dict[str, tuple[str, ...]] = {
 
 @dataclass(slots=True)
 class SitePlan:
-    """One site while its parts arrive: device buffers that each part is written into."""
+    """One site while its parts arrive: device buffers that each part is written into.
+
+    Block constants are kept in the form in which the parts have them, and stacked when all have come.
+    """
 
     parent: str
     name: str
@@ -30,15 +34,22 @@ class SitePlan:
     in_features: int
     has_bias: bool
     codes: Tensor | None = None
-    absmax: Tensor | None = None
+    absmax: Absmax | None = None
     bias: Tensor | None = None
     missing: set[str] = field(default_factory=set)
+    absmax_parts: dict[str, Absmax] = field(default_factory=dict)
 
     def span(self, part: str) -> tuple[int, int]:
         """Rows [start, stop) of one part in the stack."""
         i = self.parts.index(part)
         start = sum(self.widths[:i])
         return start, start + self.widths[i]
+
+    def add_absmax(self, part: str, absmax: Absmax) -> None:
+        """Take the block constants of one part."""
+        self.absmax_parts[part] = absmax
+        if len(self.absmax_parts) == len(self.parts):
+            self.absmax = stack_absmax([self.absmax_parts.pop(part) for part in self.parts])
 
 
 def plan_sites(model: nn.Module) -> list[SitePlan]:

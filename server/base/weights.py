@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...adapters.modules import ModuleTable
 from ...adapters.sites import SiteTable
-from ...kernels.nf4 import NF4Weight
+from ...kernels.nf4 import nf4_rows
+from ...kernels.nf4_weight import NF4Weight
 from .linears import NF4Linear, StackedLinear
 
 # Elements that are dequantized at once: 16 MiB in float32.
@@ -104,4 +105,4 @@ class ResidentWeights:
 
 def _rows(weight: NF4Weight | Tensor, start: int, stop: int) -> Tensor:
     """Rows [start, stop): float32."""
-    return weight.rows(start, stop) if isinstance(weight, NF4Weight) else weight[start:stop].float()
+    return nf4_rows(weight, start, stop) if isinstance(weight, NF4Weight) else weight[start:stop].float()

@@ -4,7 +4,7 @@ from ...adapters.errors import Code, ServingError
 
 
 class DeviceMemoryError(ServingError):
-    """The device ran out of memory in a step that this request's prompt was part of."""
+    """The device ran out of memory in a step that this request was part of."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "DEVICE_MEMORY"

@@ -95,6 +95,7 @@ class Request:
             (adapters/composition.py).
         order: rank by submission, unique, set by the scheduler. Lower is older; a preempted request keeps it.
         seed: of this request's random numbers: the client's, or a fresh one.
+        takes_likeliest: that of `params`, which every token asks for.
         token_counts: what penalties need, kept by the sampler; None until the first token of a request with penalties.
         tokens: what token ids mean, where the adapter brought a tokenizer of its own; None: what they mean to the base.
         capture: for the server's own requests (server/proof.py), which the observer does not hear of: receives the
@@ -117,6 +118,7 @@ class Request:
     slot: int = NO_SLOT
     order: int = -1
     seed: int = field(init=False)
+    takes_likeliest: bool = field(init=False)
     token_counts: TokenCounts | None = None
     tokens: TokenRules | None = None
     capture: "Callable[[Tensor], None] | None" = None
@@ -127,6 +129,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Fix the seed, so that a preempted request draws on where it was."""
+        self.takes_likeliest = self.params.takes_likeliest
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property

@@ -1,8 +1,8 @@
 """Runs one scheduled step on the device: builds the flat batch, calls the model once, returns the logits to sample.
 
 Owned by the step thread. Every tensor that describes a step is preallocated at its largest size and filled by one copy
-from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device, and a captured graph can replay
-it.
+from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device. Decode steps replay captured
+graphs where there are any (`step_graphs.py`); everything else runs here, eagerly.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from ...adapters.row_overrides import RowOverrides
 from ...adapters.staging import StagedValues
 from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
+from .block_tables import BlockTables
+from .graph_capture import CaptureBackend
 from .scheduler import ScheduledRequest, ScheduledStep
+from .stats import GraphStats
+from .step_graphs import StepGraphs
 
 
 class Runner:
@@ -29,6 +33,7 @@ class Runner:
         max_requests: requests a step at most.
         max_blocks: blocks of the longest context.
         expand: members of the batch slots that stand for compositions.
+        capture: captures decode steps as graphs; None: every step runs eagerly.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Runner:
         max_requests: int,
         max_blocks: int,
         expand: Expand,
+        capture: CaptureBackend | None = None,
     ) -> None:
         self._base = base
         self._lora = lora
@@ -53,15 +59,48 @@ class Runner:
         self._kv_slots = StagedValues(max_tokens, torch.int64, device)
         self._query_starts = StagedValues(max_requests + 1, torch.int32, device)
         self._context_lens = StagedValues(max_requests, torch.int32, device)
-        self._tables = StagedValues(max_requests * max_blocks, torch.int32, device)
         self._rows = StagedValues(max_requests, torch.int64, device)
+        self._tables = BlockTables(max_requests, max_blocks, device)
+        self._graphs: StepGraphs | None = None
+        if capture is not None:
+            self._graphs = StepGraphs(
+                base,
+                lora,
+                cache,
+                self._tables,
+                capture,
+                max_requests=max_requests,
+                max_context=max_blocks * cache.block_size,
+                expand=expand,
+            )
+
+    @property
+    def graph_stats(self) -> GraphStats:
+        """Of the captured steps; all zero without."""
+        return GraphStats() if self._graphs is None else self._graphs.stats
+
+    @torch.inference_mode()
+    def capture_graphs(self, *, progress: bool = False) -> None:
+        """Capture the graphs that most steps need; nothing happens without a backend. Before the first step.
+
+        Args:
+            progress: show a bar on stderr.
+        """
+        if self._graphs is not None:
+            self._graphs.capture_at_start(progress=progress)
 
     @torch.inference_mode()
     def forward(self, step: ScheduledStep) -> Tensor:
         """Logits of every request of the step that samples, in step order: float32 [n, vocab].
 
         Where an adapter of these rows has another vocabulary, `vocab` is the largest; ids that a row lacks are -inf.
+        They are right until the next step.
         """
+        self._tables.fill([item.request for item in step.requests])
+        logits = None if self._graphs is None else self._graphs.run(step)
+        return self._run_eagerly(step) if logits is None else logits
+
+    def _run_eagerly(self, step: ScheduledStep) -> Tensor:
         self._lora.prepare(*_segments(step.requests), self._expand)
         ids: list[int] = []
         positions: list[int] = []
@@ -80,36 +119,26 @@ class Runner:
             contexts.append(stop)
             if item.samples:
                 rows.append(len(ids) - 1)
+        max_context = max(contexts)
         paged = PagedStep(
             cache=self._cache,
             kv_slots=self._kv_slots.fill(kv_slots),
             query_starts=self._query_starts.fill(starts),
             context_lens=self._context_lens.fill(contexts),
-            block_tables=self._block_tables(step.requests, max(contexts)),
+            block_tables=self._tables.narrow(len(contexts), -(-max_context // size)),
             max_query_len=max(item.num_tokens for item in step.requests),
-            max_context_len=max(contexts),
+            max_context_len=max_context,
         )
-        flat_ids = self._ids.fill(ids)
-        with self._overrides.applied(flat_ids):
-            logits = self._base.logits(
-                flat_ids.unsqueeze(0),
-                self._positions.fill(positions).unsqueeze(0),
-                # No request samples while all are in the middle of their prompts: one row is the least the head takes.
-                rows=self._rows.fill(rows or [0]),
-                paged=paged,
-            )[: len(rows)]
+        logits = self._base.logits(
+            self._ids.fill(ids).unsqueeze(0),
+            self._positions.fill(positions).unsqueeze(0),
+            # No request samples while all are in the middle of their prompts: one row is the least the head takes.
+            rows=self._rows.fill(rows or [0]),
+            paged=paged,
+            overrides=self._overrides if self._overrides.active else None,
+        )[: len(rows)]
         self._overrides.mask_(logits)
         return logits
-
-    def _block_tables(self, requests: Sequence[ScheduledRequest], max_context: int) -> Tensor:
-        """int32 [N, blocks of the longest context of this step]; unused entries are 0 and never read."""
-        width = -(-max_context // self._cache.block_size)
-        flat: list[int] = []
-        for item in requests:
-            table = item.request.block_table[:width]
-            flat += table
-            flat += [0] * (width - len(table))
-        return self._tables.fill(flat).view(len(requests), width)
 
 
 def _segments(requests: Sequence[ScheduledRequest]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

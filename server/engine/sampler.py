@@ -25,6 +25,7 @@ from .distribution import draw, nucleus_threshold, scale, sort_descending
 from .random_draws import uniform
 from .request import Request, TokenLogprob
 from .token_counts import TokenCounts
+from .winners import Winners
 
 _NOT_FINITE = -1  # in place of a token id, on its way to the host
 _MOST_INVERSE_TEMPERATURE = 1e38  # float32; below 1e-38 a temperature is zero for every pair of distinct logits
@@ -46,6 +47,7 @@ class Sampler:
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._winners = Winners()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
@@ -58,20 +60,30 @@ class Sampler:
         Returns:
             In row order; None where the model's logits were not finite.
         """
-        best, tokens = logits.max(-1)
-        special = [row for row, request in enumerate(requests) if not request.params.greedy or self._is_edited(request)]
+        best, tokens = self._winners.find(logits)
+        other = [row for row, request in enumerate(requests) if not request.takes_likeliest]
+        if not other:
+            return self._fetch()
+        special = [row for row in other if not requests[row].params.greedy or self._is_edited(requests[row])]
         if special:
             chosen = self._choose(_rows(logits, special), [requests[row] for row in special])
-            tokens = tokens.index_copy(0, _tensor(special, torch.int64, logits.device), chosen)
-        tokens = torch.where(best.isfinite(), tokens, _NOT_FINITE)
-        reporting = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+            tokens.index_copy_(0, _tensor(special, torch.int64, logits.device), chosen)
+        reporting = [row for row in other if requests[row].params.logprobs is not None]
         if not reporting:
-            return [_sampled(token, None) for token in tokens.tolist()]
+            return self._fetch()
+        tokens = torch.where(best.isfinite(), tokens, _NOT_FINITE)
         return self._with_logprobs(logits, tokens, requests, reporting)
+
+    def _fetch(self) -> list[SampledToken | None]:
+        best, tokens = self._winners.fetch()
+        if np.isfinite(best).all():
+            return [SampledToken(token, None) for token in tokens.tolist()]
+        tokens = np.where(np.isfinite(best), tokens, _NOT_FINITE)
+        return [_sampled(token, None) for token in tokens.tolist()]
 
     def _is_edited(self, request: Request) -> bool:
         """Whether the request's logits are changed before the likeliest is taken."""
-        return _is_penalized(request) or self._must_go_on(request)
+        return request.params.has_penalties or self._must_go_on(request)
 
     def _must_go_on(self, request: Request) -> bool:
         return len(request.output_token_ids) < request.params.min_tokens
@@ -92,7 +104,7 @@ class Sampler:
         return tokens
 
     def _penalize(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        rows = [row for row, request in enumerate(requests) if _is_penalized(request)]
+        rows = [row for row, request in enumerate(requests) if request.params.has_penalties]
         if not rows:
             return
         counts = [_update_counts(requests[row]) for row in rows]
@@ -165,11 +177,6 @@ class Sampler:
             top = tuple(zip(alternatives[:num_wanted], logprobs[:num_wanted], strict=True))
             results[row] = _sampled(token_list[row], TokenLogprob(token_list[row], logprob, top))
         return results
-
-
-def _is_penalized(request: Request) -> bool:
-    params = request.params
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _update_counts(request: Request) -> TokenCounts:

@@ -54,6 +54,16 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether nothing but the likeliest token is ever asked for."""
+        return self.greedy and not self.min_tokens and self.logprobs is None and not self.has_penalties
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were seen are made less or more likely."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
     def __post_init__(self) -> None:
         """Check every range.
 

@@ -40,6 +40,21 @@ class EngineStats:
     num_preemptions: int = 0
 
 
+@dataclass(slots=True)
+class GraphStats:
+    """Captured decode steps; kept by the step thread, to be read on any.
+
+    Attributes:
+        num_graphs: there are now.
+        num_replays: steps that one of them ran, since start.
+        failure: why no further one is captured; "": nothing has failed.
+    """
+
+    num_graphs: int = 0
+    num_replays: int = 0
+    failure: str = ""
+
+
 class EngineObserver(Protocol):
     """Hears what happens, on the step thread; every call must be cheap.
 

@@ -2,6 +2,7 @@
 
 One round (`step`): read the inbox, end what was aborted or ran out of time, let the adapters do their work between
 steps, schedule, run the model, sample, deliver. A step waits for the device once: for the copy of its sampled tokens.
+What a step delivers on CUDA is handed over while the next one runs there (`outbox.py`).
 
 Every accepted request ends in `_end` or, when the loop itself fails, in `die`, and nowhere else: there its blocks, its
 slot and its adapter versions are given back and its one terminal event is emitted.
@@ -24,8 +25,9 @@ from .adapter_port import AdapterPort
 from .deadlines import Deadlines
 from .errors import DeviceMemoryError, NonFiniteLogitsError
 from .inbox import Inbox
+from .outbox import Outbox
 from .output import Output, TextStreamFactory
-from .request import Event, Failed, Finished, Phase, Request
+from .request import Failed, Finished, Phase, Request
 from .sampler import SampledToken, Sampler
 from .scheduler import Plan, ScheduledStep, Scheduler
 from .stats import EngineObserver, EngineState, EngineStats, SilentObserver
@@ -77,15 +79,18 @@ class StepLoop:
         self._inbox = inbox
         self._clock = clock
         self._deadlines = Deadlines()
+        self._outbox = Outbox()
         self._outputs: dict[Request, Output] = {}  # requests that the scheduler knows
         self._num_steps = 0
         self._num_preemptions = 0
         self._stats_at = 0.0
+        self._is_device_waiting = False  # between two steps the device has nothing to do, but the host
 
     def step(self) -> bool:
         """One round; returns whether there is more to do at once."""
         now = self._clock()
         self._read_inbox()
+        self._fail_unreachable()
         for request in self._deadlines.expired(now):
             self._fail(request, DeadlineError("The deadline passed before the request ended."))
         if self._inbox.drain_deadline is not None and now >= self._inbox.drain_deadline:
@@ -94,6 +99,9 @@ class StepLoop:
         plan = self._scheduler.schedule(now)
         self._report(plan, now)
         is_idle = not plan.step.requests
+        if is_idle:
+            self._outbox.release()
+            self._fail_unreachable()
         self._publish(now, force=is_idle)
         if is_idle:
             return self._scheduler.wants_another_pass
@@ -112,12 +120,14 @@ class StepLoop:
 
     def finish(self) -> None:
         """The engine was stopped: end whatever is left."""
+        self._outbox.release()
         self._read_inbox()
         self._fail_all()
         self._publish(self._clock(), force=True)
 
     def die(self) -> None:
         """The loop failed: nothing that it holds can be trusted, but nobody may wait for ever."""
+        self._outbox.release()
         for request in self._inbox.live():
             if request in self._outputs:
                 with _logged("blocks_not_freed", request):
@@ -156,10 +166,14 @@ class StepLoop:
         """Run a planned step and deliver what it sampled."""
         started = self._clock()
         sampling = [item.request for item in step.requests if item.samples]
+        sampled: list[SampledToken | None] | None = None
         try:
             sampled = self._forward(step, sampling)
         except torch.OutOfMemoryError as error:
-            self._shed(step, error)  # nothing of the step was recorded: the others run it again
+            log.error("out_of_device_memory", num_tokens=step.num_tokens, exc_info=error)
+        if sampled is None:
+            # Not in the handler: what the error's traceback holds is the memory that was missing.
+            self._shed(step)
             return
         self._scheduler.complete(step)
         now = self._clock()
@@ -168,33 +182,38 @@ class StepLoop:
         num_adapters = len({version for adaptation in adaptations for version in adaptation.versions})
         self._observer.on_step(now - started, step.num_tokens, len(step.requests), num_adapters)
         self._inbox.spend(Counter(i for request in sampling if request.capture is None for i in request.adapter_ids))
+        if self._is_device_waiting:
+            self._outbox.hold()
         for request, token in zip(sampling, sampled, strict=True):
             self._deliver(request, token, now)
 
     def _forward(self, step: ScheduledStep, sampling: Sequence[Request]) -> list[SampledToken | None]:
         logits = self._runner.forward(step)
+        self._is_device_waiting = _is_asynchronous(logits)
+        self._outbox.release()
         if sampling:
             sampled = self._sampler.sample(logits, sampling)
             _capture(logits, sampling)
             return sampled
         if logits.is_cuda:
             # Nothing to copy, but a step ends when its work has: its time is measured, and no second one piles up.
-            torch.cuda.synchronize(logits.device)
+            torch.cuda.current_stream(logits.device).synchronize()
         return []
 
-    def _shed(self, step: ScheduledStep, error: torch.OutOfMemoryError) -> None:
-        """Fail the youngest prompt of a step that did not fit into the device's memory.
+    def _shed(self, step: ScheduledStep) -> None:
+        """Fail one request of a step that did not fit into the device's memory: the youngest prompt, else the youngest.
 
-        Raises:
-            torch.OutOfMemoryError: the step has decodes only, there is nothing to leave out.
+        Nothing of the step was recorded: the others run it again.
         """
         prompts = [item.request for item in step.requests if item.num_tokens > 1 or not item.request.output_token_ids]
-        if not prompts:
-            raise error
-        request = max(prompts, key=lambda request: request.order)
-        log.error("out_of_device_memory", request_id=request.request_id, num_tokens=step.num_tokens, exc_info=error)
-        message = "The device ran out of memory while this prompt was computed. Try a shorter one, or later."
+        request = max(prompts or [item.request for item in step.requests], key=lambda request: request.order)
+        if prompts:
+            message = "The device ran out of memory while this prompt was computed. Try a shorter one, or later."
+        else:
+            message = "The device ran out of memory while this request was computed. Try again later."
         self._fail(request, DeviceMemoryError(message))
+        # Pieces that torch keeps for tensors of other sizes may be what is missing for the next try.
+        torch.cuda.empty_cache()
 
     def _deliver(self, request: Request, sampled: SampledToken | None, now: float) -> None:
         if sampled is None:
@@ -208,8 +227,8 @@ class StepLoop:
         else:
             self._observer_of(request).on_token(adapter, now - request.last_token)
         request.last_token = now
-        if not self._emit(request, delta):
-            self._fail(request, CancelledError("The output could not be delivered."))
+        if not self._outbox.put(request, delta):
+            self._fail(request, _undelivered())
         elif finished is not None:
             self._end(request, finished)
 
@@ -239,20 +258,15 @@ class StepLoop:
             if request.adapter is not None:
                 self._adapters.release(request.adapter)
         finally:
-            self._emit(request, event)
+            self._outbox.put(request, event)
 
     def _observer_of(self, request: Request) -> EngineObserver:
         """Who hears of a request: of the server's own ones nobody, they are no client's."""
         return self._observer if request.capture is None else _UNOBSERVED
 
-    def _emit(self, request: Request, event: Event) -> bool:
-        """Hand an event over; False if whoever takes it raised."""
-        try:
-            request.emit(event)
-        except Exception:
-            log.exception("event_not_delivered", request_id=request.request_id)
-            return False
-        return True
+    def _fail_unreachable(self) -> None:
+        for request in self._outbox.take_unreachable():
+            self._fail(request, _undelivered())
 
     def _fail_all(self) -> None:
         for request in list(self._outputs):
@@ -297,6 +311,15 @@ def _logged(event: str, request: Request) -> Iterator[None]:
         yield
     except Exception:
         log.exception(event, request_id=request.request_id)
+
+
+def _is_asynchronous(logits: Tensor) -> bool:
+    """Whether the device that computes them works while the host goes on."""
+    return logits.is_cuda
+
+
+def _undelivered() -> CancelledError:
+    return CancelledError("The output could not be delivered.")
 
 
 def _needs(request: Request, version: AdapterVersion) -> bool:

@@ -1,6 +1,7 @@
 """LoraBatch and LoraLinear: right rows, right slices, right order; nothing launched where nothing is adapted."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -78,9 +79,14 @@ class World:
             adapter.apply(lambda module: parts.get(module, unused), weight)
         return lambda x: torch.cat([linear(x.float()) for linear in parts.values()], dim=-1)
 
-    def check(self, segments, sampled=None, expand=COMPOSITIONS.__getitem__, *, close=CLOSE):
-        """Run every site on random rows and compare each row with the reference of its members."""
+    def check(self, segments, sampled=None, expand=COMPOSITIONS.__getitem__, *, close=CLOSE, by_passes=False):
+        """Run every site on random rows and compare each row with the reference of its members.
+
+        `by_passes`: as on a device for which rows are not grouped by adapter.
+        """
         self.batch.prepare(segments, sampled, expand)
+        if by_passes:
+            self.batch.flat_rows = None
         for site, linear in zip(TABLE.sites, self.linears, strict=True):
             rows = [slot for slot, n in (sampled if site.is_head and sampled else segments) for _ in range(n)]
             x = torch.randn(1, len(rows), site.in_features, dtype=linear.base.weight.dtype)
@@ -95,6 +101,12 @@ class World:
                 torch.testing.assert_close(y[0, t].float(), want, msg=lambda m, s=slot: f"slot {s}: {m}", **close)
 
 
+def inputs(world, num_rows):
+    """The same for each site at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(num_rows, linear.site.in_features, generator=generator) for linear in world.linears]
+
+
 @pytest.fixture
 def world():
     with torch.inference_mode():
@@ -105,10 +117,15 @@ def world():
 def launches(monkeypatch):
     """Names of the LoRA operators that were launched."""
     calls = []
-    for name in ("lora_shrink", "lora_expand_", "lora_affine_"):
-        original = getattr(layers.lora, name)
+    for module, name in (
+        (layers.lora, "lora_shrink"),
+        (layers.lora, "lora_expand_"),
+        (layers.lora, "lora_affine_"),
+        (layers.lora_cpu, "lora_add_"),
+    ):
+        original = getattr(module, name)
         monkeypatch.setattr(
-            layers.lora, name, lambda *args, _name=name, _call=original: (calls.append(_name), _call(*args))[1]
+            module, name, lambda *args, _name=name, _call=original: (calls.append(_name), _call(*args))[1]
         )
     return calls
 
@@ -127,6 +144,7 @@ MIXES = {
 @pytest.mark.parametrize("segments", MIXES.values(), ids=MIXES)
 def test_mixed_batch_equals_changed_linears_row_by_row(segments, world):
     world.check(segments)
+    world.check(segments, by_passes=True)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +172,9 @@ def test_bf16_is_within_its_rounding():
     ids=["strength", "two", "all_with_plain_and_base", "long", "with_affines_and_weights"],
 )
 def test_composition_is_the_weighted_sum_of_its_members(segments, world):
-    world.check(segments)
-    world.check(segments, [(slot, 1) for slot, _ in segments])
+    for by_passes in (False, True):
+        world.check(segments, by_passes=by_passes)
+        world.check(segments, [(slot, 1) for slot, _ in segments], by_passes=by_passes)
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])
@@ -205,6 +224,12 @@ def test_site_that_no_adapter_of_the_batch_adapts_launches_nothing(world, launch
     world.linears[0](torch.randn(3, K))
     assert launches == []
     world.linears[1](torch.randn(3, 6))
+    assert launches == ["lora_add_"]
+    launches.clear()
+    world.batch.flat_rows = None
+    world.linears[0](torch.randn(3, K))
+    assert launches == []
+    world.linears[1](torch.randn(3, 6))
     assert launches == ["lora_shrink", "lora_expand_"]
 
 
@@ -213,7 +238,49 @@ def test_affine_is_launched_where_one_is(world, launches):
     world.linears[0](torch.randn(3, K))
     assert launches == []
     world.linears[1](torch.randn(3, 6))
-    assert launches == ["lora_affine_", "lora_shrink", "lora_expand_"]
+    assert launches == ["lora_affine_", "lora_add_"]
+
+
+def test_one_pass_is_two_launches_affine_included(world, launches):
+    world.batch.prepare([(3, 2), (4, 1), (1, 2), (-1, 1)])
+    expected = [linear(x) for linear, x in zip(world.linears, inputs(world, 6), strict=True)]
+    world.batch.flat_rows = None
+    launches.clear()
+    for linear, x, want in zip(world.linears, inputs(world, 6), expected, strict=True):
+        torch.testing.assert_close(linear(x), want, **CLOSE)
+    assert launches == ["lora_shrink", "lora_expand_"] * 3
+    world.batch.prepare([(4, 2)])  # an affine and no rank
+    world.batch.flat_rows = None
+    launches.clear()
+    world.linears[1](torch.randn(2, 6))
+    assert launches == ["lora_affine_"]
+
+
+def test_shrink_runs_beside_the_base_where_a_graph_is_captured(world, launches, monkeypatch):
+    class Side:
+        @contextmanager
+        def beside(self):
+            launches.append("fork")
+            yield
+            launches.append("main")
+
+        def join(self):
+            launches.append("join")
+
+    world.batch.prepare([(1, 2), (-1, 1)])
+    world.batch.flat_rows = None
+    x = inputs(world, 3)[1]
+    expected = world.linears[1](x)
+    launches.clear()
+    world.batch.side_stream = Side()
+    monkeypatch.setattr(layers.overlap, "lora_runs_beside", lambda num_rows: num_rows == 3)
+    base = world.linears[1].base
+    base.register_forward_hook(lambda *_: launches.append("base"))
+    torch.testing.assert_close(world.linears[1](x), expected, atol=0, rtol=0)
+    assert launches == ["fork", "lora_shrink", "main", "base", "join", "lora_expand_"]
+    launches.clear()
+    world.linears[0](inputs(world, 3)[0])  # which no adapter of the batch adapts
+    assert launches == []
 
 
 def test_batch_before_any_prepare_is_the_base(world, launches):
@@ -237,6 +304,18 @@ def test_prepare_fills_preallocated_tensors(world):
     assert len(pointers) == 1
     assert flat.starts.tolist() == [0, 3, 8, 10] and flat.slots.tolist() == [-1, 4, 0]
     assert flat.starts.dtype is flat.slots.dtype is torch.int32 and flat.weights.dtype is torch.float32
+
+
+def test_steps_of_the_same_rows_share_their_groups(world):
+    segments = [(-1, 1), (0, 2), (8, 1), (9, 2)]
+    world.check(segments)
+    flat = world.batch.flat_rows
+    world.check(segments)
+    assert world.batch.flat_rows is flat
+    world.check([(-1, 2), (0, 2), (8, 1), (9, 2)])
+    assert world.batch.flat_rows is not flat
+    members = {8: ((0, 0.6),), 9: COMPOSITIONS[9]}  # a number that stands for something else in the next step
+    world.check([(-1, 2), (0, 2), (8, 1), (9, 2)], expand=members.__getitem__)
 
 
 def test_neighbouring_segments_of_a_slot_become_one(world):

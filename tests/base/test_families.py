@@ -11,22 +11,23 @@ from lorikeet.server.base.selfcheck import check_unproven_family
 from lorikeet.server.errors import BaseModelError
 from torch import nn
 
+from ..devices import CPU, Place, on_each_device, places
 from .family_models import FAMILIES, VOCAB, oracle, save_family
 from .paged_driver import PagedDriver
 
-CPU = torch.device("cpu")
 LENGTHS = (41, 1, 17, 30)
 # fp32 compute on equal weights: only the order of additions differs.
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=places(FAMILIES, "families"))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BaseModel, nn.Module]:
     """(served in fp32, oracle in fp32) of one family."""
-    directory = tmp_path_factory.mktemp(request.param)
-    save_family(request.param, directory)
-    base = load_base(str(directory), device=CPU, compute_dtype=torch.float32, progress=False)
-    return base, oracle(directory)
+    place: Place = request.param
+    directory = tmp_path_factory.mktemp(place.family)
+    save_family(place.family, directory)
+    base = load_base(str(directory), device=place.device, compute_dtype=torch.float32, progress=False)
+    return base, oracle(directory, place.device)
 
 
 def sequences(seed: int) -> list[list[int]]:
@@ -45,7 +46,8 @@ def assert_equal_everywhere(
         for i, logits in driver.step(counts).items():
             parts[i].append(logits)
     for i, tokens in enumerate(driver.sequences):
-        want = reference(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+        inputs = torch.tensor([tokens], device=base.device)
+        want = reference(input_ids=inputs, use_cache=False).logits[0].float()
         got = torch.cat(parts[i])
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
@@ -69,11 +71,12 @@ def test_every_proven_family_has_a_case_here(pair: tuple[BaseModel, nn.Module]) 
     assert len(PROVEN) == len(FAMILIES)
 
 
-def test_bf16_compute_stays_close_to_fp32(tmp_path: Path) -> None:
+@on_each_device
+def test_bf16_compute_stays_close_to_fp32(device: torch.device, tmp_path: Path) -> None:
     save_family("llama", tmp_path)
-    base = load_base(str(tmp_path), device=CPU, compute_dtype=torch.bfloat16, progress=False)
+    base = load_base(str(tmp_path), device=device, compute_dtype=torch.bfloat16, progress=False)
     # bf16 has 8 bits of mantissa; three layers of this width stay within 0.1 of logits with a spread of about 1.
-    assert_equal_everywhere(base, oracle(tmp_path), [[(i, n) for i, n in enumerate(LENGTHS)]], 0.12)
+    assert_equal_everywhere(base, oracle(tmp_path, device), [[(i, n) for i, n in enumerate(LENGTHS)]], 0.12)
 
 
 def test_unproven_family_is_compared_with_its_own_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

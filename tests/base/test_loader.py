@@ -7,7 +7,9 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from lorikeet.kernels.nf4 import NF4Weight, nf4_linear, nf4_linear_reference, prepare_for_device, quantize_nf4
+from lorikeet.kernels.nf4 import nf4_linear, nf4_linear_reference, prepare_for_device
+from lorikeet.kernels.nf4_quantize import quantize_nf4
+from lorikeet.kernels.nf4_weight import NF4Weight
 from lorikeet.server.base.linears import NF4Linear, StackedLinear
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.base.model import BaseModel

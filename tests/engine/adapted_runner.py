@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters.hand_made import HandMade
 from ..base.family_models import VOCAB, oracle, save_family
+from ..devices import CPU
 
 BLOCK, MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS = 8, 512, 24, 8
 DIM = 128
@@ -43,10 +44,12 @@ class Stream:
 class AdaptedRunner:
     """One family's base with the adapters of `adapters_for`."""
 
-    def __init__(self, family: str, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, family: str, directory: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
         save_family(family, directory)
-        self.reference = oracle(directory)
-        self.base = load_base(str(directory), device=torch.device("cpu"), compute_dtype=dtype, progress=False)
+        self.reference = oracle(directory, device).to(CPU)
+        self.base = load_base(str(directory), device=device, compute_dtype=dtype, progress=False)
         self.adapters = adapters_for(self.base)
         self.store = DeviceStore(self.base.site_table, dtype, self.base.device, 64 * 2**20, max_slots=16)
         self.slots: dict[str, int] = {}
@@ -93,7 +96,7 @@ class AdaptedRunner:
             sequence, n, samples = items[i]
             scheduled.append(ScheduledRequest(sequence, sequence.done, n, samples))  # type: ignore[arg-type]
             sequence.done += n
-        logits = self.runner.forward(ScheduledStep(scheduled))
+        logits = self.runner.forward(ScheduledStep(scheduled)).cpu()
         sampling = [i for i in order if items[i][2]]
         assert len(logits) == len(sampling)
         by_item = dict(zip(sampling, logits, strict=True))

@@ -8,7 +8,8 @@ import torch
 from lorikeet.server.engine.request import Finished, FinishReason
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-from .fake_world import VOCAB, World, expected_tokens, prompt_of, version
+from .fake_adapters import version
+from .fake_world import VOCAB, World, expected_tokens, prompt_of
 
 A, B = version("a"), version("b")
 ONE = SamplingParams(temperature=0.0, max_tokens=1)

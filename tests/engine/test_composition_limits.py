@@ -12,7 +12,8 @@ from lorikeet.server.engine.request import Phase
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.errors import AdapterQueueFullError, AdapterRateError
 
-from .fake_world import World, blend, prompt_of, version
+from .fake_adapters import blend, version
+from .fake_world import World, prompt_of
 from .test_fair_share import DEAREST, Bench
 
 LONG = SamplingParams(temperature=0.0, max_tokens=50)

@@ -13,7 +13,7 @@ from lorikeet.server.engine.request import Phase, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.engine.scheduler import Scheduler
 
-from .fake_world import FakeAdapters, version
+from .fake_adapters import FakeAdapters, version
 
 NEVER_S = 1e9
 LONGEST_PROMPT = 12

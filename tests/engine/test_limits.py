@@ -11,7 +11,8 @@ from lorikeet.server.engine.request import Phase, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.errors import AdapterQueueFullError, AdapterRateError
 
-from .fake_world import NEVER, Clock, World, prompt_of, version
+from .fake_adapters import NEVER, version
+from .fake_world import Clock, World, prompt_of
 
 LONG = SamplingParams(temperature=0.0, max_tokens=50)
 A, A2, B = version("a"), version("a", "newer"), version("b")

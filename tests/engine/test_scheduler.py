@@ -10,7 +10,7 @@ from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.engine.scheduler import Plan, Scheduler
 from lorikeet.server.errors import PromptTooLongError
 
-from .fake_world import NEVER, FakeAdapters, version
+from .fake_adapters import NEVER, FakeAdapters, version
 
 A, B, C = version("a"), version("b"), version("c")
 

@@ -11,7 +11,8 @@ from lorikeet.server.engine.limits import AdapterLimits
 from lorikeet.server.engine.request import Phase
 from lorikeet.server.engine.sampling_params import SamplingParams
 
-from .fake_world import LEASE_ROUNDS, NEVER, World, blend, prompt_of, version
+from .fake_adapters import LEASE_ROUNDS, NEVER, blend, version
+from .fake_world import World, prompt_of
 
 BOUND_S = 4.0
 MAX_WAIT_S = 7.0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from ..devices import CPU, Place, places
+
 if TYPE_CHECKING:
     from lorikeet.server.app import App
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from .formats import Format
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "phi3")
+# Of these the device, too, is an argument.
+PLACES = places(FAMILIES, "formats")
 
 
 @dataclass(frozen=True)
@@ -22,30 +26,32 @@ class World:
     """One family's base, its adapters by name, and PEFT."""
 
     model: Path
+    device: torch.device
     made: "dict[str, Format]"
     oracle: "FormatOracle"
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=PLACES)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Everything made; what PEFT saved answers as what it had in memory."""
     from ..base.family_models import save_family
     from .format_oracle import FormatOracle
     from .formats import formats
 
-    model = tmp_path_factory.mktemp(request.param) / "model"
-    save_family(request.param, model)
-    oracle = FormatOracle(model, model.parent / "adapters", model.parent / "pristine")
-    made = {each.name: each for each in formats(request.param)}
+    place: Place = request.param
+    model = tmp_path_factory.mktemp(place.family) / "model"
+    save_family(place.family, model)
+    oracle = FormatOracle(model, model.parent / "adapters", model.parent / "pristine", device=place.device)
+    made = {each.name: each for each in formats(place.family)}
     ids = torch.randint(3, oracle.vocab_size, (12,), generator=torch.Generator().manual_seed(1)).tolist()
     for number, each in enumerate(made.values()):
         maker = oracle.make(each, seed=number)
-        if each.dtype is torch.float32:
+        if each.dtype is torch.float32 and place.device == CPU:
             with torch.inference_mode():
                 in_memory = maker(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
             saved = oracle.logits(((each.name, 1.0),), ids)
             torch.testing.assert_close(saved, in_memory, atol=1e-4, rtol=1e-4)
-    yield World(model, made, oracle)
+    yield World(model, place.device, made, oracle)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +69,7 @@ def served(world: World) -> "Iterator[App]":
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
     sizes = {"step_tokens": 24, "max_running": 12, "kv_cache_bytes": f"{20 * 16 * token_bytes // 1024}KiB"}
-    with serving(world.model, world.oracle.out, **sizes) as app:
+    with serving(world.model, world.oracle.out, device=world.device, **sizes) as app:
         for name in world.made:
             app.manager.load(name, None)
         yield app

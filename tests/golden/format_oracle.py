@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..devices import CPU
 from .formats import WEIGHTS, Format
 from .peft_oracle import nf4_model
 
@@ -36,12 +37,17 @@ class FormatOracle:
         out: the adapters that are served are saved to out/<name>.
         pristine: the same as PEFT wrote them.
         noise: by how much untrained parameters are moved, of what suits a small random base.
+        device: where PEFT answers; adapters are made on the CPU, so that they are the same everywhere.
     """
 
-    def __init__(self, directory: Path, out: Path, pristine: Path, noise: float = 1.0) -> None:
+    def __init__(
+        self, directory: Path, out: Path, pristine: Path, noise: float = 1.0, device: torch.device = CPU
+    ) -> None:
         self.out, self.pristine = out, pristine
         self._noise = noise
-        self._base = nf4_model(directory)
+        self._device = device
+        self._making = nf4_model(directory)
+        self._base = self._making if device == CPU else nf4_model(directory, device)
         self._formats: dict[str, Format] = {}
         self._loaded: dict[str, PeftModel] = {}
         self._combined: PeftModel | None = None
@@ -50,7 +56,8 @@ class FormatOracle:
         """Save one adapter; returns the model that it was made on."""
         directory = self.pristine / wanted.name
         torch.manual_seed(seed)
-        model = get_peft_model(self._copy(wanted), copy.deepcopy(wanted.config))  # type: ignore[arg-type]
+        base = self._copy(wanted, of=self._making)
+        model = get_peft_model(base, copy.deepcopy(wanted.config))  # type: ignore[arg-type]
         settings: dict[str, Any] = dict(wanted.save)
         if wanted.config.init_lora_weights == "eva":
             self._init_eva(model)
@@ -83,22 +90,25 @@ class FormatOracle:
     def logits(self, members: Members, ids: Sequence[int]) -> Tensor:
         """float32 logits of every position, [len(ids), vocab], of no adapter, one or a weighted sum of several.
 
-        The strength of one is PEFT's scaling multiplied; a sum is its `cat`.
+        The strength of one is PEFT's scaling multiplied; a sum is its `cat`. They are on the CPU.
         """
-        inputs = {"input_ids": torch.tensor([list(ids)]), "use_cache": False}
         if not members:
-            return self._base(**inputs).logits[0]  # type: ignore[no-any-return]
+            return self._answer(self._base, ids)
         if len(members) == 1:
             (name, strength), *_ = members
             with _scaled(self._load(name), strength) as model:
-                return model(**inputs).logits[0]  # type: ignore[no-any-return]
-        return self._combine(members)(**inputs).logits[0]  # type: ignore[no-any-return]
+                return self._answer(model, ids)
+        return self._answer(self._combine(members), ids)
 
     def logits_of(self, made: Format, directory: Path, ids: Sequence[int]) -> Tensor:
         """What PEFT answers with a folder of that format."""
         model = PeftModel.from_pretrained(self._copy(made), str(directory)).eval()  # type: ignore[arg-type]
         with torch.inference_mode():
-            return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]  # type: ignore[no-any-return]
+            return self._answer(model, ids)
+
+    def _answer(self, model: nn.Module, ids: Sequence[int]) -> Tensor:
+        inputs = torch.tensor([list(ids)], device=self._device)
+        return model(input_ids=inputs, use_cache=False).logits[0].cpu()  # type: ignore[no-any-return]
 
     def _load(self, name: str) -> PeftModel:
         if name not in self._loaded:
@@ -144,9 +154,9 @@ class FormatOracle:
             config.init_lora_weights is False
         )
 
-    def _copy(self, *made: Format) -> nn.Module:
+    def _copy(self, *made: Format, of: nn.Module | None = None) -> nn.Module:
         """The base as these formats need it."""
-        base = copy.deepcopy(self._base)
+        base = copy.deepcopy(self._base if of is None else of)
         thawed = tuple(name for each in made for name in each.thawed)
         for path, module in list(base.named_modules()):
             if isinstance(module, Linear4bit) and path.endswith(thawed or ("?",)):

@@ -17,15 +17,24 @@ from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import Compute
 
+from ..devices import CPU
+
 
 @contextmanager
-def serving(model: Path, adapters: Path | None = None, **settings: Any) -> Iterator[App]:
-    """Assemble and start on the CPU in fp32."""
+def serving(
+    model: Path,
+    adapters: Path | None = None,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Iterator[App]:
+    """Assemble and start; settings as in `ServerConfig`."""
     roots = () if adapters is None else (adapters,)
     config = ServerConfig(
         model=str(model), adapters=roots, **({"kv_cache_bytes": "8MiB", "adapter_device_bytes": "16MiB"} | settings)
     )
-    compute = Compute(torch.device("cpu"), torch.float32, 1)
+    compute = Compute(device, dtype, 1)
     base = load_base(str(model), device=compute.device, compute_dtype=compute.dtype, progress=False)
     app = assemble(config, compute, base, PolicyHolder(config.policy))
     app.manager.start()

@@ -10,19 +10,22 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-_NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
-)
+from ..devices import CPU
 
 
-def nf4_model(directory: Path) -> nn.Module:
-    """The model as a QLoRA user loads it, computing in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=_NF4, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
+def nf4_model(directory: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model as a QLoRA user loads it, quantized and computing on that device in that type."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=settings, dtype=dtype, attn_implementation="eager", device_map={"": str(device)}
+    )
+    # PEFT would spread a model over all devices that says it was placed on the CPU, as some versions let it say.
+    vars(model).pop("hf_device_map", None)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # Where the CPU has AVX512-BF16, bitsandbytes would compute in bf16 although fp32 was asked for.
@@ -95,30 +98,43 @@ class Oracle:
         directory: the 16-bit base.
         chosen: what to make; PEFT keeps LoRA and AdaLoRA on models of their own.
         out: every adapter is saved to out/<name>, as PEFT saves it.
+        device: where they are made, and where PEFT answers.
     """
 
-    def __init__(self, directory: Path, chosen: list[Recipe], out: Path) -> None:
+    def __init__(self, directory: Path, chosen: list[Recipe], out: Path, device: torch.device = CPU) -> None:
         torch.manual_seed(7)
+        self._directory, self._out, self._device = directory, out, device
         self._models: dict[str, PeftModel] = {}
-        for kind in (False, True):
-            group = [r for r in chosen if isinstance(r.config, AdaLoraConfig) is kind]
-            if group:
-                model = _with_adapters(nf4_model(directory), group)
-                for recipe in group:
-                    model.save_pretrained(out, selected_adapters=[recipe.name])
-                    self._models[recipe.name] = model
+        self._groups = [[r for r in chosen if isinstance(r.config, AdaLoraConfig) is kind] for kind in (False, True)]
+        for group in filter(None, self._groups):
+            model = _with_adapters(nf4_model(directory, device), group)
+            for recipe in group:
+                model.save_pretrained(out, selected_adapters=[recipe.name])
+                self._models[recipe.name] = model
+
+    def computing_in(self, dtype: torch.dtype) -> "Oracle":
+        """PEFT with what was saved, on a base that computes in another type; it keeps adapters in fp32."""
+        other = Oracle(self._directory, [], self._out, self._device)
+        for group in filter(None, self._groups):
+            first, *others = (recipe.name for recipe in group)
+            base = nf4_model(self._directory, self._device, dtype)
+            model = PeftModel.from_pretrained(base, str(self._out / first), adapter_name=first)  # type: ignore[arg-type]
+            for name in others:
+                model.load_adapter(str(self._out / name), name)
+            other._models |= dict.fromkeys((first, *others), model.eval())
+        return other
 
     @torch.inference_mode()
     def logits(self, adapter: str, ids: list[int]) -> Tensor:
-        """fp32 logits of every position, [len(ids), vocab], with one adapter ("": none)."""
-        inputs = torch.tensor([ids])
+        """fp32 logits of every position, [len(ids), vocab] on the CPU, with one adapter ("": none)."""
+        inputs = torch.tensor([ids], device=self._device)
         if not adapter:
             model = next(iter(self._models.values()))
             with model.disable_adapter():
-                return model(input_ids=inputs, use_cache=False).logits[0].float()
+                return model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
         model = self._models[adapter]
         model.set_adapter(adapter)
-        return model(input_ids=inputs, use_cache=False).logits[0].float()
+        return model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
 
     def greedy(self, adapter: str, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
         """Greedy continuation without a cache, and by how much each token led the second best (in logits)."""

@@ -2,14 +2,17 @@
 
 A script, because Triton decides between compiler and interpreter for good when it is imported:
 `compile_offline.py CAPABILITY`, for example 90, prints one JSON object for each kernel: its name, its shared memory in
-bytes, the widths in bytes of its asynchronous copies from global to shared memory, and the bits of its widest load from
-global memory.
+bytes, the widths in bytes of its asynchronous copies from global to shared memory, the bits of its widest load from
+global memory, registers of a thread, bytes of its stack (spilled registers), and how often it waits for the kernels
+before it.
 """
 
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +20,16 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from lorikeet.kernels import attention_triton, lora_triton
+from lorikeet.kernels import (
+    activation_triton,
+    attention_triton,
+    lora_triton,
+    nf4_triton,
+    norm_triton,
+    overlap,
+    rope_triton,
+)
+from lorikeet.kernels.nf4_dispatch import GemmTile
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -33,12 +45,16 @@ def main() -> None:
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         kernel = compile_only(self, *args, **{**kwargs, "warmup": True})
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*, 0x([0-9a-f]+), ", kernel.asm["ptx"])
-        loads = re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+        loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+        registers, stack = resources(kernel.asm["cubin"])
         report = {
             "name": self.fn.__name__,
             "shared": kernel.metadata.shared,
             "copy_widths": sorted({int(width, 16) for width in copies}),
             "widest_load": max((int(count or 1) * int(bits) for count, bits in loads), default=0),
+            "registers": registers,
+            "stack": stack,
+            "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
         }
         print(json.dumps(report), flush=True)
 
@@ -46,8 +62,27 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for num_tokens in (64, 512):
             lora(num_tokens, dtype)
+        fused(dtype)
     for max_query_len in (1, 100):
         attention(max_query_len)
+    nf4()
+    # As in a graph whose kernels start before those in front of them have ended.
+    overlap.switches.lora_side_stream = False
+    lora_triton.launches_dependently = attention_triton.launches_dependently = lambda device: True
+    lora(64, torch.bfloat16)
+    attention(1)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2])
 
 
 def lora(num_tokens: int, dtype: torch.dtype) -> None:
@@ -60,12 +95,26 @@ def lora(num_tokens: int, dtype: torch.dtype) -> None:
         torch.zeros(64, dtype=torch.int32),
     )
     x = torch.empty(num_tokens, in_features, dtype=dtype)
-    h = lora_triton.lora_shrink(x, arena, *tables, 48, num_splits=1)
-    lora_triton.lora_shrink(x, arena, *tables, 48, torch.ones(64), num_splits=1)
+    h = lora_triton.lora_shrink(x, arena, *tables, 48)
     y = torch.empty(num_tokens, sum(slice_widths), dtype=dtype)
     lora_triton.lora_expand_(y, h, arena, *tables, slice_widths, in_features)
+    if dtype == torch.bfloat16:  # in fp32 alike
+        lora_triton.lora_shrink(x, arena, *tables, 48, torch.ones(64))
+        lora_triton.lora_expand_(y, h, arena, *tables, slice_widths, in_features, tables[0])
     offsets, _, seg_starts, seg_slots = tables
     lora_triton.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
+
+
+def fused(dtype: torch.dtype) -> None:
+    num_tokens, hidden = 64, 4096
+    x, weight = torch.empty(num_tokens, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+    norm_triton.rms_norm(x, weight, 1e-5, x, torch.zeros(num_tokens, dtype=torch.int64))
+    norm_triton.add_rms_norm_(x, x, weight, 1e-5)
+    qkv, rotations = torch.empty(num_tokens, 6144, dtype=dtype), torch.empty(num_tokens, 3, 64, dtype=dtype)
+    cache, slots = torch.empty(8, 64, 16, 128, dtype=dtype), torch.zeros(num_tokens, dtype=torch.int64)
+    for head_norm in (None, torch.empty(40, 128, dtype=dtype)):
+        rope_triton.rope_kv_write_(qkv, rotations, cache, cache, slots, head_norm, 1e-6)
+    activation_triton.silu_and_mul(torch.empty(num_tokens, 28672, dtype=dtype))
 
 
 def attention(max_query_len: int) -> None:
@@ -87,6 +136,20 @@ def attention(max_query_len: int) -> None:
     )
     key = torch.empty(num_seqs, 8, 128, dtype=torch.bfloat16)
     attention_triton.kv_write_(key, key, cache, cache, torch.zeros(num_seqs, dtype=torch.int64))
+
+
+def nf4() -> None:
+    n, k = 512, 4096
+    weight = (
+        torch.empty(n * k // 2, dtype=torch.uint8),
+        torch.empty(n * k // 64, dtype=torch.uint8),
+        torch.empty(256),
+        torch.empty(n * k // 2**14),
+        torch.empty(n * k // 2**14),
+    )
+    for tile in (GemmTile(8, 64, 4, 4, 4), GemmTile(16, 128, 2, 4, 3), GemmTile(64, 64, 1, 4, 3)):
+        nf4_triton.nf4_gemm(torch.empty(tile.rows, k, dtype=torch.bfloat16), *weight, n, None, tile)
+    nf4_triton.nf4_dequantize_(torch.empty(n, k, dtype=torch.bfloat16), *weight, 0)
 
 
 if __name__ == "__main__":

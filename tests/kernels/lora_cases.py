@@ -120,10 +120,10 @@ def assert_equals_reference(
     atol, rtol = tolerance
     max_rank = case.max_rank if max_rank is None else max_rank
     expected_h = lora_shrink_reference(case.x, case.arena, *case.tables, max_rank)
-    h = shrink(case.x, case.arena, *case.tables, max_rank)
+    h = shrink(case.x, case.arena, *case.tables, max_rank).sum(dim=0)
     assert h.shape == expected_h.shape and h.dtype == torch.float32
     torch.testing.assert_close(h, expected_h, atol=1e-4, rtol=1e-4)
-    weighted_h = shrink(case.x, case.arena, *case.tables, max_rank, case.weights)
+    weighted_h = shrink(case.x, case.arena, *case.tables, max_rank, case.weights).sum(dim=0)
     expected_weighted_h = lora_shrink_reference(case.x, case.arena, *case.tables, max_rank, case.weights)
     torch.testing.assert_close(weighted_h, expected_weighted_h, atol=1e-4, rtol=1e-4)
 
@@ -139,7 +139,7 @@ def assert_equals_reference(
     expected_y = case.y.clone()
     lora_expand_reference_(expected_y, poisoned, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
     y = case.y.clone()
-    expand_(y, poisoned, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
+    expand_(y, poisoned.unsqueeze(0), case.arena, *case.tables, case.slice_widths, case.x.shape[1])
     untouched = untouched.to(y.device)
     assert torch.equal(bits(y)[untouched], bits(case.y)[untouched])
     torch.testing.assert_close(y[~untouched], expected_y[~untouched], atol=atol, rtol=rtol)

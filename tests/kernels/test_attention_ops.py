@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from lorikeet.kernels import attention, attention_cpu
+from lorikeet.kernels import attention, attention_cpu, overlap
 from lorikeet.kernels.attention_reference import kv_write_reference_, paged_attention_reference
 from torch import Tensor
 
@@ -68,6 +68,8 @@ CASES = [
     Case("shared-prefix", ((1, 13), (4, 15), (1, 9), (2, 10)), shared_blocks=2),
     Case("padding", ((1, 9), (3, 8)), padding_rows=3),
     Case("padding-decodes", DECODES, padding_rows=2),
+    Case("graph-padding", ((1, 9), (1, 20), (0, 0), (0, 0)), padding_rows=2),
+    Case("all-padding", ((0, 0), (0, 0)), padding_rows=2),
     Case("no-sequence", ()),
     Case("no-sequence-padding", (), padding_rows=2),
     Case("no-rows", ((0, 5), (0, 3))),
@@ -291,10 +293,31 @@ class TestInterpreted:
     def test_split_contexts_join(self, num_splits: int, window: int) -> None:
         from lorikeet.kernels import attention_triton
 
-        case = Case("split", ((1, 150), (1, 1), (0, 7)), num_kv_heads=1, window=window)
+        sequences = ((1, 150), (1, 1), (0, 7), (0, 0))
+        case = Case("split", sequences, num_kv_heads=1, window=window, padding_rows=2)
         assert_attends(
             make_step(case, FP32), lambda *args: attention_triton.paged_attention(*args, num_splits=num_splits)
         )
+
+    @pytest.mark.parametrize("sequences", [((1, 90), (0, 0)), ((0, 0), (0, 0))])
+    def test_rows_of_no_sequence_are_left_alone(self, sequences: tuple[tuple[int, int], ...]) -> None:
+        """Those of a graph's padding: no split is joined for them."""
+        from lorikeet.kernels import attention_triton
+
+        step = make_step(Case("padding", sequences, num_kv_heads=1, padding_rows=3), FP32)
+        out = attention_triton.paged_attention(*step.attention_args(), num_splits=4)
+        owned = int(step.query_starts[-1])
+        assert out[:owned].isfinite().all()
+        step.q[owned:] = torch.nan
+        again = attention_triton.paged_attention(*step.attention_args(), num_splits=4)
+        torch.testing.assert_close(again[:owned], out[:owned], atol=0, rtol=0)
+
+    def test_splits_fill_the_gpu_but_no_more(self) -> None:
+        from lorikeet.kernels.attention_triton import _choose_splits
+
+        cpu = torch.device("cpu")  # taken for an H100, with 132 multiprocessors
+        assert [_choose_splits(cpu, batch * 8, 8192) for batch in (1, 2, 16, 32, 64, 500)] == [32, 32, 4, 2, 1, 1]
+        assert [_choose_splits(cpu, 8, context) for context in (1, 255, 1024, 2**20)] == [1, 1, 4, 32]
 
     @pytest.mark.parametrize("name", ["mixed", "mha", "head-dim-48", "padding", "no-sequence", "no-sequence-padding"])
     @every_dtype(FP32, FP16, BF16)
@@ -331,10 +354,16 @@ class TestGpu:
         torch.library.opcheck(torch.ops.lorikeet.kv_write_.default, step.write_args("cuda"))
 
     @every_dtype(FP32, BF16)
-    def test_captured_decode_replays_with_other_contexts(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("dependent", [False, True])
+    def test_captured_decode_replays_with_other_contexts(
+        self, dtype: torch.dtype, dependent: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(overlap.switches, "dependent_launch", dependent)
         captured = make_step(Case("captured", ((1, 900), (1, 900), (0, 30), (1, 400)), block_size=16), dtype)
         args = list(captured.attention_args("cuda"))
-        attention.paged_attention(*args)  # compiles
+        with overlap.rehearsal():
+            attention.paged_attention(*args)  # compiles
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = attention.paged_attention(*args)

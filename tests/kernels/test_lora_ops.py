@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lorikeet.kernels import lora, lora_cpu
+from lorikeet.kernels import lora
 from torch._subclasses import FakeTensorMode
 
 from .lora_cases import LoraCase, assert_equals_reference, make_case
@@ -102,31 +102,30 @@ def test_no_rows():
     check(make_case([(0, 0), (-1, 0)], padding_rows=0))
 
 
-def test_direct_call_and_operator_agree():
-    case = make_case(get_segments("zipf", 30, 5))
-    args = (case.x, case.arena, *case.tables, case.max_rank)
-    h = torch.ops.lorikeet.lora_shrink(*args)
-    assert torch.equal(h, lora.lora_shrink(*args))
-    weighted = torch.ops.lorikeet.lora_shrink(*args, seg_weights=case.weights)
-    assert torch.equal(weighted, lora.lora_shrink(*args, case.weights)) and not torch.equal(weighted, h)
-    by_operator, direct = case.y.clone(), case.y.clone()
-    rest = (h, case.arena, *case.tables, case.slice_widths, case.x.shape[1])
-    torch.ops.lorikeet.lora_expand_(by_operator, *rest)
-    lora.lora_expand_(direct, *rest)
-    torch.testing.assert_close(by_operator, direct, atol=0, rtol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     case = make_case(get_segments("zipf", 12, 5), dtype=dtype, padding_rows=0)
-    h = lora_cpu.lora_shrink(case.x, case.arena, *case.tables, case.max_rank)
+    h = lora.lora_shrink(case.x, case.arena, *case.tables, case.max_rank)
     args = (case.x, case.arena.nan_to_num(), *case.tables, case.max_rank)
     torch.library.opcheck(torch.ops.lorikeet.lora_shrink, args)
     torch.library.opcheck(torch.ops.lorikeet.lora_shrink, (*args, case.weights))
-    torch.library.opcheck(
-        torch.ops.lorikeet.lora_expand_,
-        (case.y, h, case.arena.nan_to_num(), *case.tables, case.slice_widths, case.x.shape[1]),
-    )
+    expand_args = (case.y, h, case.arena.nan_to_num(), *case.tables, case.slice_widths, case.x.shape[1])
+    torch.library.opcheck(torch.ops.lorikeet.lora_expand_, expand_args)
+    affines = torch.full_like(case.tables[0], -1).index_fill_(0, torch.tensor([1, 3]), 7)
+    torch.library.opcheck(torch.ops.lorikeet.lora_expand_, (*expand_args, affines))
+
+
+def test_expand_with_affines_is_affine_and_expand():
+    case = make_case(get_segments("zipf", 12, 5))
+    arena = torch.cat([case.arena, torch.randn(2 * 230)])
+    affines = torch.full_like(case.tables[0], -1).index_fill_(0, torch.tensor([0, 2, 3]), case.arena.shape[0])
+    h = lora.lora_shrink(case.x, arena, *case.tables, case.max_rank)
+    rest = (arena, *case.tables, case.slice_widths, case.x.shape[1])
+    apart, fused = case.y.clone(), case.y.clone()
+    lora.lora_affine_(apart, arena, affines, *case.tables[2:])
+    lora.lora_expand_(apart, h, *rest)
+    lora.lora_expand_(fused, h, *rest, affines)
+    torch.testing.assert_close(fused, apart, atol=0, rtol=0, equal_nan=True)
 
 
 def test_fake_knows_shape_and_dtype():
@@ -134,7 +133,7 @@ def test_fake_knows_shape_and_dtype():
     with FakeTensorMode() as mode:
         x, arena, *tables = (mode.from_tensor(t) for t in (case.x, case.arena, *case.tables))
         h = torch.ops.lorikeet.lora_shrink(x, arena, *tables, 23)
-    assert h.shape == (8, 23) and h.dtype == torch.float32
+    assert h.shape == (1, 8, 23) and h.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -165,15 +164,17 @@ def test_shrink_states_what_is_wrong(position, wrong, message):
     ("position", "wrong", "message"),
     [
         (0, torch.zeros(3, 230, dtype=torch.bfloat16), "y must be torch.float32 like arena"),
-        (1, torch.zeros(3, 6, dtype=torch.float16), r"h must be float32 \[3, max_rank\]"),
-        (1, torch.zeros(4, 6), r"h must be float32 \[3, max_rank\]"),
+        (1, torch.zeros(1, 3, 6, dtype=torch.float16), r"h must be float32 \[num_splits, 3, max_rank\]"),
+        (1, torch.zeros(1, 4, 6), r"h must be float32 \[num_splits, 3, max_rank\]"),
+        (1, torch.zeros(3, 6), r"h must be float32 \[num_splits, 3, max_rank\]"),
+        (9, torch.zeros(2, dtype=torch.int32), r"affines must be int64 \[2\], got torch.int32"),
         (7, [230], "slice_widths must be 3 widths that add up to 230"),
         (7, [33, 5, 191], "slice_widths must be 3 widths that add up to 230"),
     ],
 )
 def test_expand_states_what_is_wrong(position, wrong, message):
     case = make_case([(0, 3)], ranks=[(4, 0, 2)], padding_rows=0)
-    args = [case.y, torch.zeros(3, 6), case.arena, *case.tables, case.slice_widths, 48]
+    args = [case.y, torch.zeros(1, 3, 6), case.arena, *case.tables, case.slice_widths, 48, None]
     args[position] = wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lorikeet.lora_expand_(*args)
@@ -187,6 +188,6 @@ def test_operators_work_where_triton_is_not_installed():
         "tables = (torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int32),\n"
         "          torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))\n"
         "h = lora.lora_shrink(torch.ones(2, 3), torch.ones(8), *tables, 1)\n"
-        "assert h.tolist() == [[3.0], [3.0]], h\n"
+        "assert h.tolist() == [[[3.0], [3.0]]], h\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

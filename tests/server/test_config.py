@@ -131,3 +131,9 @@ def test_help_describes_every_setting_with_its_default(monkeypatch):
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_config([]).port = 1
+
+
+def test_graphs_are_on_unless_turned_off(monkeypatch):
+    assert load_config([]).cuda_graphs and not load_config(["--no-cuda-graphs"]).cuda_graphs
+    monkeypatch.setenv("LORIKEET_CUDA_GRAPHS", "false")
+    assert not load_config([]).cuda_graphs and load_config(["--cuda-graphs"]).cuda_graphs

@@ -7,7 +7,7 @@ import pytest
 from lorikeet.adapters.info import AdapterInfo, AdapterState, AdapterStats, Tier
 from lorikeet.adapters.scaling import Scaling
 from lorikeet.server.engine.block_manager import BlockStats
-from lorikeet.server.engine.stats import EngineState, EngineStats
+from lorikeet.server.engine.stats import EngineState, EngineStats, GraphStats
 from lorikeet.server.errors import ConfigError
 from lorikeet.server.metrics import AdapterLabels, ServerMetrics
 from lorikeet.server.metrics_server import MetricsServer
@@ -149,7 +149,8 @@ def test_state_is_read_at_the_scrape(registry):
         bytes_budget={Tier.HOST: 100, Tier.DEVICE: 300},
         wanted=1,
     )
-    registry.register(StateCollector(lambda: engine, lambda: adapters, 16))
+    graphs = GraphStats(num_graphs=38, num_replays=1000, failure="out of device memory")
+    registry.register(StateCollector(lambda: engine, lambda: adapters, 16, lambda: graphs))
     value = registry.get_sample_value
     assert value("lorikeet_requests_running") == 3
     assert value("lorikeet_requests_waiting") == 2
@@ -161,6 +162,8 @@ def test_state_is_read_at_the_scrape(registry):
     assert [value("lorikeet_adapter_resident_bytes", {"tier": t}) for t in ("host", "device")] == [10, 30]
     assert [value("lorikeet_adapter_budget_bytes", {"tier": t}) for t in ("host", "device")] == [100, 300]
     assert value("lorikeet_adapters_wanted") == 1
+    assert value("lorikeet_cuda_graphs") == 38 and value("lorikeet_cuda_graphs_failed") == 1
+    assert value("lorikeet_cuda_graph_replays_total") == 1000
 
     text = generate_latest(registry).decode()
     requests = 'vllm:lora_requests_info{max_lora="16",running_lora_adapters="devil,kjv",waiting_lora_adapters="jargon"}'

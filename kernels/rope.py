@@ -1,0 +1,231 @@
+"""Rotary position embedding of queries and keys, and the write of keys and values to the paged cache, as one operator.
+
+The operator is `lorikeet::rope_kv_write_`. A head x of width D with halves (low, high) at a position with angles a
+becomes
+
+    low'  = low  * cos(a) - high * sin(a)
+    high' = high * cos(a) + low  * sin(a)
+
+which is transformers' `rotate_half` layout (RoFormer, arXiv 2104.09864; 5.23 `apply_rotary_pos_emb`). cos and sin are
+transformers' values, computed in fp32 and rounded to the model's dtype. The products are added in fp32 and rounded once
+by the Triton kernel, rounded twice by the CPU path; transformers rounds three times.
+
+Where a family normalizes each head first (Qwen3), `head_norm` has the weights and the norm is that of `norm.rms_norm`.
+
+This file owns schema, contract, the CPU implementation and the reference; CUDA's is in `rope_triton`. Called on the
+step thread, once a layer; `rotation_table` once at the start.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention_cpu import kv_write_
+from .contract import check
+from .norm import rms_norm_reference, scale_rows
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Positions that are computed at a time, which bounds the temporary memory of a long table.
+_TABLE_PIECE = 1 << 14
+
+torch.library.define(
+    "lorikeet::rope_kv_write_",
+    "(Tensor(a!) qkv, Tensor rotations, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor kv_slots,"
+    " Tensor? head_norm=None, float eps=0.0) -> ()",
+)
+
+
+def rotation_table(inverse_frequencies: Tensor, scaling: float, length: int, dtype: torch.dtype) -> Tensor:
+    """The rotations of positions 0 to length - 1, as `rope_kv_write_` takes them after an `index_select`.
+
+    Args:
+        inverse_frequencies: float32 [head_dim / 2], of transformers' rotary embedding.
+        scaling: factor on cos and sin.
+        length: positions.
+        dtype: the model's.
+
+    Returns:
+        [length, 3, head_dim / 2] in `dtype` on the device of the frequencies: cos, -sin, sin.
+    """
+    device = inverse_frequencies.device
+    table = torch.empty((length, 3, inverse_frequencies.shape[0]), dtype=dtype, device=device)
+    for start in range(0, length, _TABLE_PIECE):
+        stop = min(start + _TABLE_PIECE, length)
+        positions = torch.arange(start, stop, device=device)
+        angles = positions.float()[:, None] * inverse_frequencies.float()
+        sin = angles.sin() * scaling
+        table[start:stop, 0] = angles.cos() * scaling
+        table[start:stop, 1] = -sin
+        table[start:stop, 2] = sin
+    return table
+
+
+def rope_kv_write_(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotates the queries in place, and writes rotated keys and the values of a step's tokens into the cache.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], float32, bfloat16 or float16, rows contiguous:
+            queries, keys and values as the stacked projection gives them. Mutated: the queries are rotated, what the
+            columns of the keys hold afterwards is undefined.
+        rotations: [num_tokens, 3, head_dim / 2], dtype of `qkv`, contiguous: rows of `rotation_table`.
+        k_cache: [num_kv_heads, num_blocks, block_size, head_dim], contiguous, dtype of `qkv`. Mutated.
+        v_cache: as `k_cache`. Mutated.
+        kv_slots: int64 [num_tokens], block * block_size + offset in the block, all different; -1: nothing is written.
+        head_norm: [num_heads + num_kv_heads, head_dim], dtype of `qkv`, contiguous: weights of the RMS norm of each
+            query and key head before it is rotated; None: there is none.
+        eps: of that norm.
+
+    Raises:
+        RuntimeError: a shape, dtype or layout is not as above.
+    """
+    # On a CPU the dispatcher is left out, as in `norm.rms_norm`.
+    if qkv.is_cpu and not torch.compiler.is_compiling():
+        _rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+    else:
+        torch.ops.lorikeet.rope_kv_write_.default(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+
+
+def rope_reference(x: Tensor, rotations: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """Norm, where there is a weight, and rotation of one head, as transformers writes them; the oracle of the tests.
+
+    Args:
+        x: [num_tokens, head_dim].
+        rotations: [num_tokens, 3, head_dim / 2].
+        weight: [head_dim].
+        eps: of the norm.
+
+    Returns:
+        [num_tokens, head_dim], float32: not rounded after the rotation.
+    """
+    x = (x if weight is None else rms_norm_reference(x, weight, eps)).float()
+    cos, sin = rotations[:, 0].repeat(1, 2).float(), rotations[:, 2].repeat(1, 2).float()
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def _rope_kv_write_(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None,
+    eps: float,
+) -> None:
+    num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[3]
+    num_tokens, num_all_heads = qkv.shape[0], qkv.shape[1] // head_dim
+    heads = qkv.view(num_tokens, num_all_heads, head_dim)
+    rotated = heads[:, :-num_kv_heads]
+    if head_norm is not None:
+        rotated.copy_(scale_rows(rotated, head_norm, eps))
+    # Queries and keys at once: (low, high) * (cos, cos) + (high, low) * (-sin, sin).
+    halves = rotated.view(num_tokens, num_all_heads - num_kv_heads, 2, head_dim // 2)
+    swapped = halves.roll(1, 2)
+    halves.mul_(rotations[:, None, :1]).addcmul_(swapped, rotations[:, None, 1:])
+    kv_write_(heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:], k_cache, v_cache, kv_slots)
+
+
+def _check(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None,
+) -> None:
+    check(qkv.dtype in _FLOATS, lambda: f"expected float32, bfloat16 or float16, got {qkv.dtype}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check(
+            cache.dim() == 4 and cache.is_contiguous() and cache.dtype == qkv.dtype and cache.shape == k_cache.shape,
+            lambda n=name, c=cache: (
+                f"{n} must be {qkv.dtype} [num_kv_heads, num_blocks, block_size, head_dim], contiguous,"
+                f" got {c.dtype} {list(c.shape)}, strides {list(c.stride())}"
+            ),
+        )
+    num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[3]
+    check(head_dim % 2 == 0, lambda: f"head_dim must be even, got {head_dim}")
+    check(
+        qkv.dim() == 2
+        and qkv.stride(1) == 1
+        and qkv.shape[1] % head_dim == 0
+        and qkv.shape[1] // head_dim > 2 * num_kv_heads,
+        lambda: (
+            f"qkv must be [num_tokens, (num_heads + {2 * num_kv_heads}) * {head_dim}] with contiguous rows,"
+            f" got {list(qkv.shape)}, strides {list(qkv.stride())}"
+        ),
+    )
+    check(
+        rotations.shape == (qkv.shape[0], 3, head_dim // 2)
+        and rotations.dtype == qkv.dtype
+        and rotations.is_contiguous(),
+        lambda: (
+            f"rotations must be {qkv.dtype} {[qkv.shape[0], 3, head_dim // 2]}, contiguous,"
+            f" got {rotations.dtype} {list(rotations.shape)}"
+        ),
+    )
+    check(
+        kv_slots.dtype == torch.int64 and kv_slots.shape == qkv.shape[:1] and kv_slots.is_contiguous(),
+        lambda: f"kv_slots must be int64 [{qkv.shape[0]}], got {kv_slots.dtype} {list(kv_slots.shape)}",
+    )
+    if head_norm is not None:
+        shape = (qkv.shape[1] // head_dim - num_kv_heads, head_dim)
+        check(
+            head_norm.shape == shape and head_norm.dtype == qkv.dtype and head_norm.is_contiguous(),
+            lambda: (
+                f"head_norm must be {qkv.dtype} {list(shape)}, contiguous,"
+                f" got {head_norm.dtype} {list(head_norm.shape)}"
+            ),
+        )
+
+
+def _rope_kv_write_cpu_(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+    _rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+
+
+def _rope_kv_write_cuda_(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    from . import rope_triton  # CPU-only installs have no Triton
+
+    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device, whatever its arguments are on
+        rope_triton.rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+
+
+def _rope_kv_write_fake_(
+    qkv: Tensor,
+    rotations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_slots: Tensor,
+    head_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+
+
+torch.library.impl("lorikeet::rope_kv_write_", "CPU", _rope_kv_write_cpu_)
+torch.library.impl("lorikeet::rope_kv_write_", "CUDA", _rope_kv_write_cuda_)
+torch.library.register_fake("lorikeet::rope_kv_write_", _rope_kv_write_fake_)
