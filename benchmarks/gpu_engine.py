@@ -6,7 +6,6 @@ Only the adapter manager is left out: every adapter is on the device from the st
 import queue
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from gpu_model import Served
 from lorikeet.adapters.adaptation import Adaptation
@@ -59,14 +58,21 @@ class _Observer(SilentObserver):
         self._clock.on_step(seconds, num_tokens, num_requests, num_adapters)
 
 
-@dataclass(slots=True)
 class _Stream:
-    request_id: str
-    events: "queue.SimpleQueue[Event]"
+    """The events of one request."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def take(self, event: Event) -> None:
+        """Called by the engine."""
+        self._events.put(event)
+        self.is_over = not isinstance(event, Delta)
 
     def first_token(self) -> None:
         """Wait for it."""
-        _checked(self.events.get(timeout=EVENT_TIMEOUT_S))
+        _checked(self._events.get(timeout=EVENT_TIMEOUT_S))
 
     def rest(self) -> None:
         """Wait for the end.
@@ -74,8 +80,12 @@ class _Stream:
         Raises:
             RuntimeError: the request did not end well.
         """
-        while not isinstance(_checked(self.events.get(timeout=EVENT_TIMEOUT_S)), Finished):
+        while not isinstance(_checked(self._events.get(timeout=EVENT_TIMEOUT_S)), Finished):
             pass
+
+
+def _any_over(streams: Sequence[_Stream]) -> bool:
+    return any(stream.is_over for stream in streams)
 
 
 def _checked(event: Event) -> Event:
@@ -167,9 +177,9 @@ class EngineRun:
             self._submit(prompt, number % count, 1).rest()
             goal = self.clock.count + pause_steps
             deadline = time.monotonic() + EVENT_TIMEOUT_S
-            while self.clock.count < goal and time.monotonic() < deadline and self._engine.stats().running >= count:
+            while self.clock.count < goal and time.monotonic() < deadline and not _any_over(streams):
                 time.sleep(_POLL_S)
-            if self._engine.stats().running < count:
+            if _any_over(streams):
                 break
         intervals = self.clock.intervals()
         for stream in streams:
@@ -178,9 +188,8 @@ class EngineRun:
 
     def _submit(self, prompt: Sequence[int], adapter: int | None, new_tokens: int) -> _Stream:
         self._num_requests += 1
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        stream = _Stream(f"bench-{self._num_requests}", events)
+        stream = _Stream()
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         adaptation = None if adapter is None else self._served.adaptations[adapter]
-        self._engine.submit(Request(stream.request_id, list(prompt), params, adaptation, events.put))
+        self._engine.submit(Request(f"bench-{self._num_requests}", list(prompt), params, adaptation, stream.take))
         return stream
