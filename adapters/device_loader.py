@@ -191,9 +191,11 @@ class DeviceLoader:
         # Kernels already launched may still read the extent's previous owner.
         assert self.compute_stream is not None
         self._copy_stream.wait_stream(self.compute_stream)
-        with torch.cuda.stream(self._copy_stream):
-            self._store.write(copy.placement, copy.packed)
-        self._copy_stream.synchronize()
+        try:
+            with torch.cuda.stream(self._copy_stream):
+                self._store.write(copy.placement, copy.packed)
+        finally:  # also a copy of a failed write goes on until it has ended
+            self._copy_stream.synchronize()
 
     def _tell(self, callback: Callable[..., None], *args: object) -> None:
         try:

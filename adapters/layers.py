@@ -77,8 +77,10 @@ class LoraLinear(nn.Module):
         if side is not None and max_rank and overlap.lora_runs_beside(x.numel() // self.site.in_features):
             with side.beside():
                 h = self._shrink(x, only)
-            y = cast(Tensor, self.base(x))
-            side.join()
+            try:
+                y = cast(Tensor, self.base(x))
+            finally:
+                side.join()
         else:
             y = cast(Tensor, self.base(x))
         if self._batch.own.by_module:

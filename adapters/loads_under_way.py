@@ -14,6 +14,7 @@ class _Loading:
 
     count: int = 0
     barrier: int = 0  # results of loads that began up to this ticket are outdated
+    call_barrier: int = 0  # those that began up to this ticket were outdated by a call, not by a later load
     folder_barrier: int = 0  # what those that began up to this one read in the id's folder is not what it holds now
 
 
@@ -43,6 +44,10 @@ class LoadsUnderWay:
         """Whether the id was unloaded, or a later load of it finished, since this load began."""
         return ticket <= self._by_id[adapter_id].barrier
 
+    def was_called_off(self, adapter_id: str, ticket: int) -> bool:
+        """Whether an unload or a rollback has come since this load began."""
+        return ticket <= self._by_id[adapter_id].call_barrier
+
     def end(self, adapter_id: str, ticket: int) -> bool:
         """A load ended; whether its result can still be used. Those of loads that began before it no longer can."""
         loading = self._by_id[adapter_id]
@@ -60,7 +65,7 @@ class LoadsUnderWay:
         if loading is None:
             return False
         self._tickets += 1
-        loading.barrier = self._tickets
+        loading.barrier = loading.call_barrier = self._tickets
         return True
 
     def note_folder(self, adapter_id: str, ticket: int) -> bool:

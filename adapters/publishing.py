@@ -57,9 +57,11 @@ def publish(core: ManagerCore, record: Record, origin: Origin, ticket: int, inte
         saved = core.state.database.get(adapter_id)
         with core.changed:
             is_folder_now = intent.is_folder and core.registry.loading.note_folder(adapter_id, ticket)
+            was_called_off = core.registry.loading.was_called_off(adapter_id, ticket)
             is_overruled = core.registry.loading.is_outdated(adapter_id, ticket) or _is_overruled(saved, digest, intent)
         if is_overruled:
-            if is_folder_now:
+            # A later load of the folder, which may have failed, outdates this one, too; but that is nobody's wish.
+            if is_folder_now and (was_called_off or (saved is not None and saved.by_call)):
                 core.state.database.save(dataclasses.replace(saved or _unknown(adapter_id), folder_digest=digest))
             return _end_overruled(core, adapter_id, ticket)
         with core.changed:

@@ -126,7 +126,10 @@ class Bench:
         return self._end - time.monotonic()
 
     def capture(self, copies: Copies, x: Tensor, way: Way | str) -> Captured | None:
-        """Check a way's result and capture it; None (and a note) where it is wrong or cannot run."""
+        """Check a way's result and capture it; None (and a note) where it is wrong, cannot run or comes too late."""
+        if self.left() < 0:  # one that was not compiled before takes seconds
+            self.failed[f"{copies.name} {x.shape[0]} {way}"] = "no time left"
+            return None
         runs = runs_of(copies, x, way)
         try:
             error = self._error(runs[0](), x, copies)
@@ -214,7 +217,8 @@ def launched_one_by_one() -> Iterator[None]:
 def _measure(bench: Bench, seconds: float) -> dict[str, Any]:
     tune_until = 0.35 * seconds
     first = {(name, m): bench.first_tiles(SHAPES[name], m) for m in TUNED for name in SHAPES}
-    compile_tiles(list(dict.fromkeys(t for tiles in first.values() for t in tiles)), bench.capability, _COMPILE_S)
+    candidates = list(dict.fromkeys(tile for tiles in first.values() for tile in tiles))
+    compile_tiles(candidates, bench.capability, min(_COMPILE_S, 0.25 * seconds))
     best: dict[tuple[str, int], GemmTile] = {}
     for name in SHAPES:
         copies = make_copies(name)
@@ -227,7 +231,8 @@ def _measure(bench: Bench, seconds: float) -> dict[str, Any]:
             times = bench.compare(copies, x, first[name, m], rounds=2, repeats=4)
             if times:
                 best[name, m] = min(times, key=lambda way: times[way].median_us)  # type: ignore[assignment]
-    compile_tiles(list(dict.fromkeys(t for tile in best.values() for t in refine(tile))), bench.capability, _COMPILE_S)
+    candidates = list(dict.fromkeys(near for tile in best.values() for near in refine(tile)))
+    compile_tiles(candidates, bench.capability, min(_COMPILE_S, 0.5 * max(bench.left(), 0.0)))
     table: dict[tuple[int, int], list[Way | None]] = {}
     rows: list[dict[str, Any]] = []
     for name, shape in SHAPES.items():

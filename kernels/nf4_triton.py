@@ -50,7 +50,7 @@ def nf4_gemm(
     splits = min(tile.splits, triton.cdiv(in_features, _STEP)) if num_tiles <= _MAX_TILES else 1
     pairs = _as_pairs(x)
     even_steps = in_features % _STEP == 0
-    words = even_steps and code_map is not None
+    words = even_steps and code_map is not None and absmax.storage_offset() % 4 == 0
     permuted = tile.lookup == "prmt"
     dependent = launches_dependently(x.device)
     gemm_kernel[(num_tiles, splits)](
@@ -150,7 +150,7 @@ def nf4_dequantized_linear(
 def _as_pairs(x: Tensor) -> Tensor:
     """Every two columns of x as one integer: [rows, in_features / 2]."""
     if x.stride(1) != 1 or x.stride(0) % 2 or x.storage_offset() % 2:
-        x = x.contiguous()
+        x = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)  # contiguous() may return x itself
     return x.view(torch.int32 if x.element_size() == 2 else torch.int64)
 
 

@@ -90,8 +90,12 @@ class SideStream:
     def beside(self) -> Iterator[None]:
         """What is launched inside follows what the current stream has so far, and runs beside what it gets later."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        except BaseException:
+            self.join()  # a capture can only end when all of its streams have been joined
+            raise
 
     def join(self) -> None:
         """What the current stream gets from now on follows what was launched inside `beside`."""

@@ -54,7 +54,9 @@ class CudaCapture:
             self._stream.synchronize()
             # Not "global": other threads copy adapters in meanwhile, and allocate memory. Not "thread_local": a kernel
             # that was not loaded before is loaded.
-            graph.capture_begin(self._pool, capture_error_mode="relaxed")
+            # torch may keep tensors of its own from the first capture on: normal ones suit captures in either mode.
+            with torch.inference_mode(False):
+                graph.capture_begin(self._pool, capture_error_mode="relaxed")
             try:
                 run()
             except BaseException:

@@ -185,7 +185,7 @@ class StepGraphs:
         self._lora.blank(key.shape, key.num_rows)
         try:
             self._replays[key] = self._backend.capture(lambda: self._compute(key))
-        except RuntimeError as error:  # what CUDA and torch raise, torch.OutOfMemoryError among it
+        except Exception as error:  # RuntimeErrors of CUDA and torch, out of memory among them; Triton has its own
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             self.stats.failure = "out of device memory" if out_of_memory else "capture failed"
             _log.warning(

@@ -1,5 +1,7 @@
 """Folders and calls about one id: a call overrules the folder of that name until the folder changes."""
 
+import errno
+import itertools
 import shutil
 
 import pytest
@@ -7,7 +9,19 @@ from lorikeet.adapters.errors import AdapterExistsError, AdapterNotFoundError, S
 from lorikeet.adapters.info import AdapterState, Tier
 from lorikeet.adapters.watcher import AdapterWatcher
 
-from .managing import WEIGHTS, activate, checked, digest_of, end, serve, stall_reads, start, wait_until
+from .managing import (
+    WEIGHTS,
+    Gate,
+    activate,
+    checked,
+    digest_of,
+    end,
+    serve,
+    stall_reads,
+    start,
+    wait_until,
+    watch_reads,
+)
 
 SETTLE_S = 0.02
 
@@ -164,6 +178,30 @@ def test_first_load_by_call_while_the_folder_is_read(manager, watcher, lora_dir,
         gate.wait_reached()
         loading = start(manager.load, "plain")
     assert loading.result(20).digest == digest_of(lora_dir)
+    settle(watcher)
+    assert current(manager) == {"plain": digest_of(lora_dir)}
+
+
+def test_load_that_fails_while_the_folder_is_read_overrules_nothing(manager, watcher, lora_dir, monkeypatch):
+    """Only what a call achieved may keep a folder's content from being served when it comes again."""
+    gate, reads = Gate(), itertools.count()
+
+    def disturb(path, thread):
+        if "/plain/" in path and thread.startswith("adapter-load"):
+            if next(reads):
+                raise OSError(errno.EIO, "injected")
+            gate.pass_through()
+
+    with monkeypatch.context() as patched:
+        watch_reads(patched, disturb)
+        with gate:
+            wait_until(lambda: not watcher.scan(), "the folder's load to begin")
+            gate.wait_reached()
+            with pytest.raises(ServingError):
+                manager.load("plain")
+        wait_until(lambda: not manager._registry.loading, "the load to end")
+    config = lora_dir / "adapter_config.json"
+    config.write_bytes(config.read_bytes())
     settle(watcher)
     assert current(manager) == {"plain": digest_of(lora_dir)}
 

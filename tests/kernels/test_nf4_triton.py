@@ -5,6 +5,7 @@ The interpreter can run neither inline PTX nor products of bfloat16: those are f
 
 import pytest
 import torch
+from lorikeet.kernels import overlap
 from lorikeet.kernels.nf4 import bitsandbytes_gemm, nf4_linear, nf4_linear_reference, nf4_rows
 from lorikeet.kernels.nf4_dispatch import GemmTile
 
@@ -187,7 +188,7 @@ def test_captured_and_replayed_with_other_inputs(num_rows):
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), overlap.rehearsal():
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
