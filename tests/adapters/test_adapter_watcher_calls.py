@@ -1,7 +1,6 @@
 """Folders and calls about one id: a call overrules the folder of that name until the folder changes."""
 
 import errno
-import itertools
 import shutil
 
 import pytest
@@ -184,11 +183,12 @@ def test_first_load_by_call_while_the_folder_is_read(manager, watcher, lora_dir,
 
 def test_load_that_fails_while_the_folder_is_read_overrules_nothing(manager, watcher, lora_dir, monkeypatch):
     """Only what a call achieved may keep a folder's content from being served when it comes again."""
-    gate, reads = Gate(), itertools.count()
+    gate, threads = Gate(), []
 
     def disturb(path, thread):
         if "/plain/" in path and thread.startswith("adapter-load"):
-            if next(reads):
+            threads.append(thread)
+            if thread != threads[0]:
                 raise OSError(errno.EIO, "injected")
             gate.pass_through()
 
