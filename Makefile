@@ -70,11 +70,14 @@ define install
 		exit 1; }
 endef
 
-$(VENV)/.installed-run: pyproject.toml constraints.txt | $(VENV)/bin/python
+# What the C++ kernels are built from.
+NATIVE = $(wildcard kernels/native/*.cpp kernels/native/*.h)
+
+$(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(call install,demo)
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(call install,dev)
 	@touch $@ $(VENV)/.installed-run
 

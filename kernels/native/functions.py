@@ -1,0 +1,95 @@
+"""Finds the library of C++ kernels that suits this CPU and hands out its functions.
+
+The package's build makes one library for each instruction set (`pyproject.toml`, `ext-modules`). Where there was no C++
+compiler there is none, and the operators' plain-torch implementations run, several times slower; `library_name` is for
+saying so. LORIKEET_NATIVE_KERNELS names one library (`avx2`, `portable`) or none (`off`), for tests and comparisons.
+
+Functions are called by ctypes, which costs 1 to 2 us where torch's dispatcher takes 5 to 10, and needs no torch headers,
+so one build serves every version of torch. They check nothing: callers do.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+ADDRESS: Final = ctypes.c_void_p
+"""Of a tensor's first element (`data_ptr()`), or None."""
+COUNT: Final = ctypes.c_long
+NUMBER: Final = ctypes.c_int
+REAL: Final = ctypes.c_float
+
+TYPE_NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of element types, as `vec.h` has them."""
+
+_FOLDER: Final = Path(__file__).parent
+_CHOICE: Final = "LORIKEET_NATIVE_KERNELS"
+# Torch's OpenMP runtime, whose team the kernels use; GCC's, or Intel's, which speaks both protocols.
+_TEAM_RUNTIMES: Final = ("libgomp.so.1", "libiomp5.so")
+
+
+def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[..., None] | None:
+    """A function of the library, or None where there is no library.
+
+    Args:
+        name: exported symbol.
+        argument_types: of ctypes; the functions return nothing.
+        brief: it takes microseconds and keeps Python's lock, which whoever asks for it meanwhile would give back late.
+    """
+    path = _library_path()
+    if path is None:
+        return None
+    found = getattr(_load(path, brief), name)
+    found.argtypes = argument_types
+    found.restype = None
+    called: Callable[..., None] = found
+    return called
+
+
+def library_name() -> str | None:
+    """`avx2` or `portable`; None: there is no library, and plain torch runs."""
+    path = _library_path()
+    return None if path is None else path.name.split(".")[0].removeprefix("_")
+
+
+@lru_cache
+def _library_path() -> Path | None:
+    chosen = os.environ.get(_CHOICE, "")
+    names = (chosen,) if chosen else (("avx2",) if _has_avx2() else ()) + ("portable",)
+    for name in names:
+        for suffix in EXTENSION_SUFFIXES:
+            path = _FOLDER / f"_{name}{suffix}"
+            if path.is_file():
+                return path
+    return None
+
+
+def _has_avx2() -> bool:
+    # What the library is compiled for (x86-64-v3) beside AVX2 came with the same processors.
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@lru_cache
+def _load(path: Path, brief: bool) -> ctypes.CDLL:
+    library = ctypes.PyDLL(str(path)) if brief else ctypes.CDLL(str(path))
+    set_team = library.lorikeet_set_team
+    set_team.argtypes, set_team.restype = (ctypes.c_void_p,), None
+    set_team(_start_team())
+    return library
+
+
+def _start_team() -> int | None:
+    """Address of GOMP_parallel; None where torch has another runtime: the kernels then run on one thread."""
+    for name in _TEAM_RUNTIMES:
+        try:
+            # Finds what torch has loaded already; nothing else is ever loaded.
+            runtime = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        except OSError:
+            continue
+        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    return None
