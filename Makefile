@@ -38,7 +38,7 @@ GPU_TEST_OPTIONS = $(shell "$(PY)" -P -c 'import xdist' 2>/dev/null && echo '-n 
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup proto docs lint format type test test-gpu sanitize-gpu soak bench bench-loading bench-trace bench-gpu run demo clean
+.PHONY: help setup proto docs lint format type test test-gpu sanitize-gpu soak bench bench-loading bench-trace bench-serving bench-front bench-engine bench-prefix profile bench-gpu fidelity run demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -136,7 +136,7 @@ docs: $(DEV_READY) ## generate docs/adapter_formats.md from the code's list of f
 
 # --- measurements -----------------------------------------------------------------------------------------------------
 
-bench: $(DEV_READY) ## Lorikeet beside PEFT, and what each adapter format costs (ARGS="--only formats"); on this CPU
+bench: $(DEV_READY) ## Lorikeet beside PEFT and llama.cpp, and what each adapter format costs (ARGS="--only formats"); on this CPU
 	@$(OFFLINE) "$(PY)" benchmarks/bench.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench-loading: $(DEV_READY) ## time between tokens while large adapters come in, and what a load takes
@@ -144,6 +144,24 @@ bench-loading: $(DEV_READY) ## time between tokens while large adapters come in,
 
 bench-trace: $(DEV_READY) ## S-LoRA's trace over 5 to 2,000 adapters with memory for 50 (3 GB of temporary disk)
 	@$(OFFLINE) "$(PY)" benchmarks/adapter_trace.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-serving: $(DEV_READY) ## S-LoRA's trace over gRPC with 1 to 2,000 adapters: times to tokens, goodput (2 GB of temporary disk)
+	@$(OFFLINE) "$(PY)" benchmarks/serving.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-front: $(DEV_READY) ## what gRPC and streaming cost before the engine, at 64 to 512 streams
+	@$(OFFLINE) "$(PY)" benchmarks/front.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+fidelity: $(DEV_READY) ## what each way of deploying the demo's adapters costs; goes on where it was interrupted (about an hour)
+	@$(OFFLINE) "$(PY)" benchmarks/fidelity.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-engine: $(DEV_READY) ## what the engine's bookkeeping costs a step, without a model, and how that grows
+	@$(OFFLINE) "$(PY)" benchmarks/engine_costs.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-prefix: $(DEV_READY) ## prompts that begin alike and chats of several turns, with the prefix cache and without
+	@$(OFFLINE) "$(PY)" benchmarks/prefix_cache.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+profile: $(DEV_READY) ## where the time of a decode step goes on this CPU
+	@$(OFFLINE) "$(PY)" benchmarks/step_profile.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench-gpu: $(DEV_READY) ## decode at Llama-3-8B shapes on a CUDA device, beside what its bandwidth allows; under ten minutes
 	@$(OFFLINE) "$(PY)" benchmarks/bench_gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)

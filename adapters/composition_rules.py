@@ -2,12 +2,33 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
+from .adapter_tokenizer import AdapterTokenizer
 from .errors import AdapterCompositionError, AdapterMemoryError
 from .info import Tier
-from .record import Record
+from .origin import Origin
 from .registry import Registry
 from .version import AdapterVersion
+
+
+class Composable(Protocol):
+    """What is asked of a version before it answers, or is merged, with others."""
+
+    @property
+    def version(self) -> AdapterVersion:
+        """Its identity."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """What was found in it."""
+        ...
+
+    @property
+    def tokenizer(self) -> AdapterTokenizer | None:
+        """Its own; equal ones are the same object."""
+        ...
 
 
 def check_composition(registry: Registry, members: Sequence[tuple[AdapterVersion, float]]) -> None:
@@ -19,12 +40,20 @@ def check_composition(registry: Registry, members: Sequence[tuple[AdapterVersion
             a tokenizer, of their own.
         AdapterMemoryError: they do not fit on the device together, beside what is pinned there.
     """
-    records = [registry.records[version] for version, _ in members]
-    for one, other in itertools.combinations(records, 2):
-        _check_pair(one, other)
-    for record, (_, weight) in zip(records, members, strict=True):
-        _check_weight(record, weight)
+    check_sum([(registry.records[version], weight) for version, weight in members])
     check_together(registry, [version for version, _ in members])
+
+
+def check_sum(members: Sequence[tuple[Composable, float]]) -> None:
+    """Raise unless there is a sum of these versions with these weights; memory aside.
+
+    Raises:
+        AdapterCompositionError: see `check_composition`.
+    """
+    for (one, _), (other, _) in itertools.combinations(members, 2):
+        _check_pair(one, other)
+    for member, weight in members:
+        _check_weight(member, weight)
 
 
 def check_together(registry: Registry, versions: Sequence[AdapterVersion]) -> None:
@@ -48,7 +77,7 @@ def check_together(registry: Registry, versions: Sequence[AdapterVersion]) -> No
         )
 
 
-def _check_weight(record: Record, weight: float) -> None:
+def _check_weight(record: Composable, weight: float) -> None:
     full = record.origin.report.full_modules
     if full and weight != 1.0:
         adapter_id = record.version.adapter_id
@@ -59,10 +88,10 @@ def _check_weight(record: Record, weight: float) -> None:
         )
 
 
-def _check_pair(one: Record, other: Record) -> None:
+def _check_pair(one: Composable, other: Composable) -> None:
     first, second = one.version.adapter_id, other.version.adapter_id
     ids = {"adapter_id": first, "other_adapter_id": second}
-    if one is other:
+    if one.version == other.version:
         raise AdapterCompositionError(
             f"The adapter {one.version} is there twice, by its id, a digest prefix or an alias; name it once, with the "
             "sum of the weights.",
@@ -78,7 +107,7 @@ def _check_pair(one: Record, other: Record) -> None:
         )
     both_extend = found.vocab_size is not None and more.vocab_size is not None
     tokenizers = {id(tokenizer) for tokenizer in (one.tokenizer, other.tokenizer) if tokenizer is not None}
-    if both_extend or len(tokenizers) > 1:  # equal tokenizers are the same object
+    if both_extend or len(tokenizers) > 1:
         raise AdapterCompositionError(
             f"The adapters {first!r} and {second!r} each have {'token ids' if both_extend else 'a tokenizer'} of their "
             "own, so a text means other tokens to each; name one of them in a request.",

@@ -12,7 +12,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import lora, lora_cpu, overlap
+from ..kernels import lora, overlap
+from ..kernels.lora_site import LoraSite
 from .lora_batch import LoraBatch, Pass
 from .packing import OverrideKind
 from .sites import Site
@@ -38,6 +39,10 @@ class LoraLinear(nn.Module):
         self._affines = store.site_affines[site.index]  # likewise
         self._ranks = store.site_ranks[site.index, :, : len(site.slices)]  # [max_slots, slices], likewise
         self._slice_widths = [piece.out_features for piece in site.slices]
+        self._on_cpu: LoraSite | None = None
+        if store.device.type == "cpu":
+            tables = self._arena, self._offsets, self._ranks
+            self._on_cpu = LoraSite(*tables, self._slice_widths, site.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] in the compute dtype -> [..., out_features].
@@ -54,19 +59,16 @@ class LoraLinear(nn.Module):
         if batch.own.by_module:
             y = self._with_own_tensors(x, y)
         for each in batch.passes:
-            if self._has_affine(each):
-                starts, slots, _ = each.sampled if self.site.is_head else each.flat
-                lora.lora_affine_(self._rows_of(y), self._arena, self._affines, starts, slots)
+            if each.affines is not None and each.affines[self.site.index]:
+                self._affine_(y, each)
         if batch.flat_rows is None:
             for each in batch.passes:
                 if each.max_ranks[self.site.index]:
                     self._expand_(y, self._shrink(x, each), each, None)
-        elif any(each.max_ranks[self.site.index] for each in batch.passes):
+        elif batch.is_adapted[self.site.index]:
             rows = batch.sampled_rows if self.site.is_head else batch.flat_rows
-            assert rows is not None
-            rows_x = x.reshape(-1, self.site.in_features)
-            tables = (self._arena, self._offsets, self._ranks)
-            lora_cpu.lora_add_(self._rows_of(y), rows_x, *tables, rows, self._slice_widths)
+            assert rows is not None and self._on_cpu is not None
+            self._on_cpu.add_(self._rows_of(y), x.reshape(-1, self.site.in_features), rows)
         return y
 
     def _with_one_pass(self, x: Tensor, only: Pass) -> Tensor:
@@ -85,16 +87,17 @@ class LoraLinear(nn.Module):
             y = cast(Tensor, self.base(x))
         if self._batch.own.by_module:
             y = self._with_own_tensors(x, y)
-        affines = self._affines if self._has_affine(only) else None
+        has_affine = only.affines is not None and only.affines[self.site.index]
         if max_rank:
-            self._expand_(y, self._shrink(x, only) if h is None else h, only, affines)
-        elif affines is not None:
-            starts, slots, _ = only.sampled if self.site.is_head else only.flat
-            lora.lora_affine_(self._rows_of(y), self._arena, affines, starts, slots)
+            h = self._shrink(x, only) if h is None else h
+            self._expand_(y, h, only, self._affines if has_affine else None)
+        elif has_affine:
+            self._affine_(y, only)
         return y
 
-    def _has_affine(self, each: Pass) -> bool:
-        return each.affines is not None and each.affines[self.site.index]
+    def _affine_(self, y: Tensor, each: Pass) -> None:
+        starts, slots, _ = each.sampled if self.site.is_head else each.flat
+        lora.lora_affine_(self._rows_of(y), self._arena, self._affines, starts, slots)
 
     def _shrink(self, x: Tensor, each: Pass) -> Tensor:
         starts, slots, weights = each.sampled if self.site.is_head else each.flat

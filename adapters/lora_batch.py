@@ -10,8 +10,8 @@ batch slot 2, which is 0.7 of slot 0 and 0.3 of slot 1 ->
 
 A batch of plain adapters has one pass and no weights, a batch of base rows no pass at all.
 
-On a CPU the layers take the low-rank deltas of all passes together instead, by adapter (`AdaptedRows`); consecutive
-steps of the same rows share what was found for them.
+On a CPU the layers take the low-rank deltas of all passes together instead, by adapter (`AdaptedRows`); a step of the
+same rows as the one before it has the same.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..kernels.lora_groups import AdaptedRows, Piece
+from ..kernels.lora_rows import AdaptedRows, Piece
 from ..kernels.overlap import SideStream
 from .adaptation import MAX_MEMBERS
 from .device_store import DeviceStore
@@ -132,15 +132,14 @@ class Pass:
 class _Grouping:
     """Rows by adapter of the last step's runs, which the next step mostly has too."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._runs: list[_Runs] = []
-        self._rows = AdaptedRows((), dtype)
+        self._rows = AdaptedRows(())
 
     def group(self, passes: list[_Runs]) -> AdaptedRows:
         """The rows that the passes adapt."""
         if passes != self._runs:
-            self._runs, self._rows = passes, AdaptedRows(_pieces(passes), self._dtype)
+            self._runs, self._rows = passes, AdaptedRows(_pieces(passes))
         return self._rows
 
 
@@ -156,6 +155,7 @@ class LoraBatch:
         passes: none where no row is adapted.
         flat_rows: on a CPU, what the passes adapt of the flat batch, by adapter; None: the passes are to be taken.
         sampled_rows: the same of the rows that the head computes, where a pass changes it.
+        is_adapted: for each site whether a pass has a rank there; goes with flat_rows.
         own: what rows of this step compute with tensors of their adapter in place of the base's; mostly empty.
         side_stream: where LoRA may run beside the base's matmuls; None on a CPU.
     """
@@ -163,6 +163,7 @@ class LoraBatch:
     def __init__(self, store: DeviceStore, max_tokens: int, max_segments: int) -> None:
         self.store = store
         self.passes: tuple[Pass, ...] = ()
+        self.is_adapted: list[bool] = []
         self.own = NOTHING
         self.flat_rows: AdaptedRows | None = None
         self.sampled_rows: AdaptedRows | None = None
@@ -170,7 +171,7 @@ class LoraBatch:
         self.side_stream = SideStream(store.device) if store.device.type == "cuda" else None
         self._groupings: tuple[_Grouping, _Grouping] | None = None
         if store.device.type == "cpu":
-            self._groupings = _Grouping(store.arena.dtype), _Grouping(store.arena.dtype)
+            self._groupings = _Grouping(), _Grouping()
         self._max_tokens = max_tokens
         self._max_segments = max_segments
 
@@ -201,6 +202,7 @@ class LoraBatch:
             each.fill(runs)
         if self._groupings is not None:
             self.flat_rows = self._groupings[0].group(flat_runs)
+            self.is_adapted = [any(ranks) for ranks in zip(*(each.max_ranks for each in self.passes), strict=True)]
         if any(each.changes_head for each in self.passes):
             self._fill_sampled(_join(sampled), members)
         used = slots.union(slot for each in members.values() for slot, _ in each)

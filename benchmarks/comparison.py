@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from measurement import Run, Series
@@ -21,10 +21,16 @@ class Side:
     Attributes:
         name: as printed.
         run: generates for all prompts at once.
+        only: the stream counts at which it runs; None stands for all.
     """
 
     name: str
     run: RunSide
+    only: Collection[int] | None = None
+
+    def runs_at(self, streams: int) -> bool:
+        """Whether it takes part at this stream count."""
+        return self.only is None or streams in self.only
 
 
 def compare(sides: Sequence[Side], workloads: Sequence[Workload], *, rounds: int, vocab_size: int) -> list[Series]:
@@ -34,17 +40,18 @@ def compare(sides: Sequence[Side], workloads: Sequence[Workload], *, rounds: int
     order rotates from round to round.
 
     Returns:
-        By stream count, then in the order of `sides`.
+        By stream count, then in the order of `sides`; without those that do not run at a stream count.
     """
     series: list[Series] = []
     longest = max(len(side.name) for side in sides)
     for workload in workloads:
-        of_side = {side.name: Series(side.name, workload.streams) for side in sides}
+        here = [side for side in sides if side.runs_at(workload.streams)]
+        of_side = {side.name: Series(side.name, workload.streams) for side in here}
         for number in range(-1, rounds):
             # Seeds differ between stream counts too: a prefix of a smaller run would be cached.
             prompts = workload.prompts(vocab_size, seed=1000 * workload.streams + number)
-            turn = number % len(sides)
-            for side in (*sides[turn:], *sides[:turn]):
+            turn = number % len(here)
+            for side in (*here[turn:], *here[:turn]):
                 gc.collect()
                 if number < 0:
                     side.run(prompts, min(WARM_UP_TOKENS, workload.new_tokens))
@@ -59,6 +66,6 @@ def compare(sides: Sequence[Side], workloads: Sequence[Workload], *, rounds: int
     return series
 
 
-def find(series: Sequence[Series], side: str, streams: int) -> Series:
-    """The one series of a side at a stream count."""
-    return next(s for s in series if s.side == side and s.streams == streams)
+def find(series: Sequence[Series], side: str, streams: int) -> Series | None:
+    """The one series of a side at a stream count; None where it did not run."""
+    return next((s for s in series if s.side == side and s.streams == streams), None)

@@ -21,7 +21,7 @@ from format_adapters import DOUBLE, PLAIN, write_format_adapters
 from lorikeet_side import Adapted, LorikeetSide
 from machine import one_line
 from measurement import Series
-from report import Extra, Ratio, as_json, as_text, plural
+from report import Extra, Measure, Ratio, Report, as_json, as_text, plural
 from transformers import AutoConfig
 from workload import Size, Workload, in_turn
 
@@ -67,9 +67,10 @@ def measure_formats(
         finally:
             lorikeet.close()
     names = [name for name in _adapted(ids) if name not in (BASE, PLAIN, DOUBLE)]
-    steps = [Ratio(name, PLAIN, of_step_time=True) for name in names]
+    steps = [Ratio(name, PLAIN, Measure.STEP) for name in names]
     extras = [Extra(name, PLAIN, BASE) for name in names]
-    ratios = [*steps, Ratio(TWO, DOUBLE, of_step_time=True), *extras]
+    ratios = [*steps, Ratio(TWO, DOUBLE, Measure.STEP), *extras]
+    report = Report(series, ratios)
     settings = {
         "command": 'make bench ARGS="--only formats"',
         "adapters": f"{size.adapters} adapters of rank {rank} on all linears, and base rows",
@@ -80,12 +81,12 @@ def measure_formats(
         "composition": f"each row the sum of two neighbours, weights {WEIGHTS[0]} and {WEIGHTS[1]}",
     }
     what = f"{settings['adapters']}, prompt {size.prompt}, {size.tokens} new tokens, {settings['compute_dtype']}"
-    sys.stdout.write(f"\n{as_text(series, ratios)}\n\n{what}\n{GOALS}\n{one_line(machine)}\n")
+    sys.stdout.write(f"\n{as_text(report)}\n\n{what}\n{GOALS}\n{one_line(machine)}\n")
     panels = [
         _panel(f"step time / {PLAIN}'s (line: DoRA's goal)", steps, series, size, 1.2),
         _panel(f"added to the base / added by {PLAIN} (line: {STRENGTH}, {TWO})", extras, series, size, 2.0),
     ]
-    result = as_json(series, ratios, machine, settings)
+    result = as_json(report, machine, settings)
     for path in write_result(out, "format_cost", result, panels, f"{what}\n{one_line(machine)}"):
         sys.stdout.write(f"wrote {path}\n")
 

@@ -38,6 +38,11 @@ class Run:
         """Median milliseconds of a decode step."""
         return 1000 * statistics.median(self.steps_s)
 
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens a second of the median decode step, prefill apart: each stream gets one in a step."""
+        return 1000 * len(self.tokens) / self.step_ms
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -81,6 +86,11 @@ class Series:
     def tokens_per_s(self) -> Spread:
         """Over the rounds."""
         return Spread.of([run.tokens_per_s for run in self.runs])
+
+    @property
+    def decode_tokens_per_s(self) -> Spread:
+        """Over the rounds."""
+        return Spread.of([run.decode_tokens_per_s for run in self.runs])
 
     @property
     def cpu_ms_per_token(self) -> Spread:

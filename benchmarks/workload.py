@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +66,9 @@ def in_turn(adapters: Sequence[Adapter], streams: int) -> list[Adapter]:
     return [adapters[stream % len(adapters)] for stream in range(streams)]
 
 
-def write_random_adapters(base: Path, folder: Path, *, count: int, rank: int, seed: int) -> list[str]:
+def write_random_adapters(
+    base: Path, folder: Path, *, count: int, rank: int, seed: int, b_std: float = LORA_B_STD
+) -> list[str]:
     """Write `count` random LoRA adapters over all linears of a base, as PEFT saves them: one subfolder each.
 
     Args:
@@ -76,6 +77,7 @@ def write_random_adapters(base: Path, folder: Path, *, count: int, rank: int, se
         count: number of adapters.
         rank: of every module.
         seed: of the weights.
+        b_std: standard deviation of B, by which strong adapters differ from weak ones.
 
     Returns:
         The subfolders' names, which are the adapter ids.
@@ -89,21 +91,24 @@ def write_random_adapters(base: Path, folder: Path, *, count: int, rank: int, se
         tensors: dict[str, torch.Tensor] = {}
         for module, linear in linears.items():
             a = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
-            b = torch.randn(linear.out_features, rank, generator=generator) * LORA_B_STD
+            b = torch.randn(linear.out_features, rank, generator=generator) * b_std
             tensors[f"base_model.model.{module}.lora_A.weight"] = a.bfloat16()
             tensors[f"base_model.model.{module}.lora_B.weight"] = b.bfloat16()
         directory = folder / name
         directory.mkdir(parents=True, exist_ok=True)
         modules = sorted({n.rpartition(".")[2] for n in linears})
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=modules,
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=str(base),
-        )
+        # Written without PEFT, which may be one of the peers that are not installed; the rest is as it defaults to.
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": str(base),
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "target_modules": modules,
+            "bias": "none",
+        }
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-        (directory / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str))
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
     return names

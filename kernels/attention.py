@@ -1,7 +1,7 @@
 """Paged attention over a KV cache in blocks: the operators `lorikeet::kv_write_` and `lorikeet::paged_attention`.
 
 This file owns their schemas, their contract (the fakes run the same checks as the implementations) and the choice of
-the implementation by device: `attention_cpu` in batched torch calls, `attention_triton` on CUDA. The oracle of both is
+the implementation by device: `attention_cpu` in C++, `attention_triton` on CUDA. The oracle of both is
 `attention_reference`. Called on the step thread, once a layer, with the same step tensors for all layers.
 
 The step, by example: block_size 4, sequence 0 in the middle of its prompt (rows 0 to 2 of the flat batch are its
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import attention_cpu
-from .contract import check
+from .contract import refuse
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,9 +38,9 @@ def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: 
     Raises:
         RuntimeError: a shape, dtype or layout is not as above.
     """
-    # On a CPU the dispatcher and the checks would take 20 us of a call of 50, and plain torch can't corrupt memory.
+    # On a CPU the dispatcher would take longer than a small call.
     if k.is_cpu and not torch.compiler.is_compiling():
-        attention_cpu.kv_write_(k, v, k_cache, v_cache, kv_slots)
+        _kv_write_cpu(k, v, k_cache, v_cache, kv_slots)
     else:
         torch.ops.lorikeet.kv_write_.default(k, v, k_cache, v_cache, kv_slots)
 
@@ -105,30 +105,33 @@ def paged_attention(
 
 
 def _check_caches(x: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    check(x.dtype in _FLOATS, lambda: f"expected float32, bfloat16 or float16, got {x.dtype}")
-    check(x.dim() == 3, lambda: f"expected [num_tokens, heads, head_dim], got {tuple(x.shape)}")
+    # On a CPU these run at every call of a microsecond or two, so messages are made only where they are needed.
+    dtype, shape = x.dtype, k_cache.shape
+    if dtype not in _FLOATS:
+        refuse(f"expected float32, bfloat16 or float16, got {dtype}")
+    if x.dim() != 3:
+        refuse(f"expected [num_tokens, heads, head_dim], got {tuple(x.shape)}")
+    if len(shape) != 4:
+        refuse(f"k_cache has 4 dimensions, got {tuple(shape)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(cache.dim() == 4, lambda n=name, c=cache: f"{n} has 4 dimensions, got {tuple(c.shape)}")
-        check(cache.is_contiguous(), lambda n=name, c=cache: f"{n} is contiguous, got strides {c.stride()}")
-        check(cache.dtype == x.dtype, lambda n=name, c=cache: f"{n} is {x.dtype} like its input, got {c.dtype}")
-    check(
-        k_cache.shape == v_cache.shape,
-        lambda: f"caches of one shape, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}",
-    )
-    check(x.shape[2] == k_cache.shape[3], lambda: f"head_dim of the cache is {k_cache.shape[3]}, got {x.shape[2]}")
+        if not cache.is_contiguous():
+            refuse(f"{name} is contiguous, got strides {cache.stride()}")
+        if cache.dtype != dtype:
+            refuse(f"{name} is {dtype} like its input, got {cache.dtype}")
+    if shape != v_cache.shape:
+        refuse(f"caches of one shape, got {tuple(shape)} and {tuple(v_cache.shape)}")
+    if x.shape[2] != shape[3]:
+        refuse(f"head_dim of the cache is {shape[3]}, got {x.shape[2]}")
 
 
 def _check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
     _check_caches(k, k_cache, v_cache)
-    check(
-        k.shape == v.shape and k.dtype == v.dtype,
-        lambda: f"k and v alike, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}",
-    )
-    check(k.shape[1] == k_cache.shape[0], lambda: f"num_kv_heads of the cache is {k_cache.shape[0]}, got {k.shape[1]}")
-    check(
-        kv_slots.dtype == torch.int64 and kv_slots.shape == k.shape[:1],
-        lambda: f"kv_slots is int64 [{k.shape[0]}], got {kv_slots.dtype} {tuple(kv_slots.shape)}",
-    )
+    if k.shape != v.shape or k.dtype != v.dtype:
+        refuse(f"k and v alike, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}")
+    if k.shape[1] != k_cache.shape[0]:
+        refuse(f"num_kv_heads of the cache is {k_cache.shape[0]}, got {k.shape[1]}")
+    if kv_slots.dtype != torch.int64 or kv_slots.shape != k.shape[:1]:
+        refuse(f"kv_slots is int64 [{k.shape[0]}], got {kv_slots.dtype} {tuple(kv_slots.shape)}")
 
 
 def _check_paged_attention(
@@ -142,31 +145,30 @@ def _check_paged_attention(
     softcap: float,
 ) -> None:
     _check_caches(q, k_cache, v_cache)
-    check(q.shape[2] % 8 == 0, lambda: f"head_dim is a multiple of 8, got {q.shape[2]}")
-    check(
-        q.shape[1] % k_cache.shape[0] == 0,
-        lambda: f"num_heads is a multiple of num_kv_heads {k_cache.shape[0]}, got {q.shape[1]}",
-    )
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[0]
+    if head_dim % 8 != 0:
+        refuse(f"head_dim is a multiple of 8, got {head_dim}")
+    if num_heads % num_kv_heads != 0:
+        refuse(f"num_heads is a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
     for name, table, dims in (
         ("query_starts", query_starts, 1),
         ("context_lens", context_lens, 1),
         ("block_tables", block_tables, 2),
     ):
-        check(
-            table.dtype == torch.int32 and table.dim() == dims and table.is_contiguous(),
-            lambda n=name, t=table, d=dims: (
-                f"{n} is int32, contiguous, of {d} dimension(s), got {t.dtype} {tuple(t.shape)}, strides {t.stride()}"
-            ),
-        )
+        if table.dtype != torch.int32 or table.dim() != dims or not table.is_contiguous():
+            refuse(
+                f"{name} is int32, contiguous, of {dims} dimension(s), got {table.dtype} {tuple(table.shape)}, "
+                f"strides {table.stride()}"
+            )
     num_seqs = context_lens.shape[0]
-    check(
-        query_starts.shape[0] == num_seqs + 1 and block_tables.shape[0] == num_seqs,
-        lambda: (
+    if query_starts.shape[0] != num_seqs + 1 or block_tables.shape[0] != num_seqs:
+        refuse(
             f"query_starts [{num_seqs + 1}] and block_tables [{num_seqs}, ...] for {num_seqs} context_lens, "
             f"got {tuple(query_starts.shape)} and {tuple(block_tables.shape)}"
-        ),
-    )
-    check(window >= 0 and softcap >= 0, lambda: f"window and softcap >= 0, got {window} and {softcap}")
+        )
+    if window < 0 or softcap < 0:
+        refuse(f"window and softcap >= 0, got {window} and {softcap}")
 
 
 def _kv_write_fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
@@ -218,7 +220,7 @@ def _paged_attention_cpu(
 ) -> Tensor:
     _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
     return attention_cpu.paged_attention(
-        q, k_cache, v_cache, query_starts, context_lens, block_tables, scale, window, softcap
+        q, k_cache, v_cache, query_starts, context_lens, block_tables, max_context_len, scale, window, softcap
     )
 
 

@@ -11,7 +11,7 @@ With input width K and slices s of rank r_s = `ranks[slot, s]` (0: not adapted) 
     A of all slices stacked:  [r_0 + ... + r_{S-1}, K] row-major, then
     B_s^T of each slice:      [r_s, N_s] row-major, with the adapter's scaling folded in.
 
-On a CPU the layers take `lora_cpu.lora_add_` instead of the first two, which does both for the rows of all segments.
+On a CPU the layers take `lora_site.LoraSite` instead of the first two, which does both for the rows of all segments.
 
 Slot -1 is the base. The operators are registered as `torch.ops.lorikeet.lora_shrink`, `lora_expand_` and
 `lora_affine_`; call them by the functions of this module.
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import lora_affine_cpu, lora_cpu
+from . import lora_cpu
 from .lora_contract import check_affine, check_expand, check_shrink
 from .lora_tiles import num_splits
 
@@ -132,9 +132,10 @@ def lora_affine_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, 
     Raises:
         RuntimeError: a tensor breaks this contract.
     """
-    # On a CPU the dispatcher and the checks would take 15 us of a call of 40, and plain torch can't corrupt memory.
+    # On a CPU the dispatcher would take longer than the affine of a few rows.
     if y.is_cpu and not torch.compiler.is_compiling():
-        lora_affine_cpu.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
+        check_affine(y, arena, offsets, seg_starts, seg_slots)
+        lora_cpu.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
         return
     torch.ops.lorikeet.lora_affine_.default(y, arena, offsets, seg_starts, seg_slots)
 
@@ -199,7 +200,7 @@ def _expand_cpu_(
 ) -> None:
     check_expand(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, affines)
     if affines is not None:
-        lora_affine_cpu.lora_affine_(y, arena, affines, seg_starts, seg_slots)
+        lora_cpu.lora_affine_(y, arena, affines, seg_starts, seg_slots)
     h = h.sum(dim=0)
     lora_cpu.lora_expand_(y, h, arena, offsets, ranks, seg_starts, seg_slots, slice_widths, in_features)
 
@@ -241,7 +242,7 @@ def _expand_fake_(
 
 def _affine_cpu_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:
     check_affine(y, arena, offsets, seg_starts, seg_slots)
-    lora_affine_cpu.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
+    lora_cpu.lora_affine_(y, arena, offsets, seg_starts, seg_slots)
 
 
 def _affine_cuda_(y: Tensor, arena: Tensor, offsets: Tensor, seg_starts: Tensor, seg_slots: Tensor) -> None:

@@ -4,7 +4,8 @@ Which implementation runs:
 - CUDA: our matmul over the codes for few rows, our dequantization and `F.linear` for many, or `bitsandbytes::gemm_4bit`
   where that is faster and its contract fits (one second-level offset, so no stack): see `nf4_dispatch`.
 - CPU with AVX512-BF16, bf16 compute, rows a multiple of 32: bitsandbytes' fused CPU kernel, on weights repacked once.
-- otherwise: bitsandbytes dequantizes this one weight, then `F.linear`.
+- other CPUs: our native kernel, in fp32, on weights repacked once (`nf4_cpu`, `nf4_tiles`).
+- without the native library, or codes not repacked: bitsandbytes dequantizes this one weight, then `F.linear`.
 
 The operators are registered as `torch.ops.lorikeet.nf4_linear` and `nf4_dequantize`; call them by the functions of this
 module. The reference is `nf4_linear_reference`.
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .nf4_contract import check_linear, check_weight
-from .nf4_cpu import prepare_for_cpu, unpack_rows
+from .nf4_cpu import prepare_for_cpu, tiled_linear, unpack_rows
 from .nf4_dispatch import ROW_BUCKETS, GemmTile, choose_way
 from .nf4_weight import BLOCK, NestedAbsmax, NF4Weight, dequantize_rows
 
@@ -43,7 +44,10 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
     Raises:
         RuntimeError: on CUDA, a tensor breaks this contract.
+        ValueError: likewise on a CPU, where the weight was repacked.
     """
+    if weight.is_tiled:
+        return tiled_linear(x, weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
     if weight.cpu_state is not None:
@@ -70,7 +74,7 @@ def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = Non
 
 
 def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weight:
-    """The weight in the form that its device computes with: nested constants on CUDA, bitsandbytes' own on the CPU."""
+    """The weight in the form that its device computes with: nested constants on CUDA, repacked codes on the CPU."""
     return prepare_for_cpu(weight, compute_dtype) if weight.codes.is_cpu else weight
 
 

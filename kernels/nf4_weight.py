@@ -14,6 +14,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from .nf4_tiles import TILE, from_tiles
+
 BLOCK: Final = 64
 GROUP: Final = 256  # constants
 
@@ -88,12 +90,13 @@ class NF4Weight:
     """One (possibly stacked) weight.
 
     Attributes:
-        codes: uint8, two 4-bit codes a byte, the even column in the high half. Canonical [out * in / 2]; with
-            `cpu_state` set, bitsandbytes' CPU tiles.
-        absmax: float32 [out * in / 64], or nested; empty with `cpu_state` set.
+        codes: uint8, two 4-bit codes a byte, the even column in the high half. Canonical [out * in / 2]; else with
+            `is_tiled` our tiles (`nf4_tiles`), with `cpu_state` set bitsandbytes' CPU tiles.
+        absmax: float32 [out * in / 64], or nested; tiled, too, with `is_tiled`; empty with `cpu_state` set.
         out_features: rows.
         in_features: columns, a multiple of 64.
         cpu_state: bitsandbytes' state of the repacked weight, or None.
+        is_tiled: repacked for our native CPU kernel.
     """
 
     codes: Tensor
@@ -101,6 +104,7 @@ class NF4Weight:
     out_features: int
     in_features: int
     cpu_state: bnb.QuantState | None = None
+    is_tiled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -109,14 +113,18 @@ class NF4Weight:
         return self.codes.nbytes + int(absmax.nbytes)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight, [out, in] in `dtype`. Used per call on CPUs without the fused kernel, and by references."""
+        """The whole weight, [out, in] in `dtype`. Used per call on CPUs without a kernel, and by references."""
         if self.cpu_state is not None:
-            raise ValueError("this weight was repacked for the fused CPU kernel and has no canonical codes any more")
+            raise ValueError(
+                "this weight was repacked for bitsandbytes' CPU kernel and has no canonical codes any more"
+            )
         return dequantize_rows(self, 0, self.out_features, dtype)
 
 
 def dequantize_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows [start, stop) of a weight with canonical codes by bitsandbytes: [stop - start, in_features]."""
+    """Rows [start, stop) of a weight with canonical codes, or tiled, by bitsandbytes: [stop - start, in_features]."""
+    if weight.is_tiled:
+        return _dequantize_tiled(weight, start, stop, dtype)
     k = weight.in_features
     codes = weight.codes[start * k // 2 : stop * k // 2]
     blocks = (start * k // BLOCK, stop * k // BLOCK)
@@ -125,3 +133,12 @@ def dequantize_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype
     shape = (stop - start, k)
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, constants, BLOCK, "nf4", shape, dtype)
     return values
+
+
+def _dequantize_tiled(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    assert isinstance(weight.absmax, Tensor)
+    tiles = slice(start // TILE, -(-stop // TILE))
+    codes, absmax = from_tiles(weight.codes[tiles], weight.absmax[tiles])
+    first = tiles.start * TILE
+    some = NF4Weight(codes, absmax, weight.absmax[tiles].shape[0] * TILE, weight.in_features)
+    return dequantize_rows(some, start - first, stop - first, dtype)

@@ -6,18 +6,29 @@ computed in fp32; `round` is to the dtype of x, and so is the product with the w
 rounded before it is normalized. These are the rounding points of transformers' Llama, Mistral, Qwen2 and Qwen3 (5.23,
 `LlamaRMSNorm`), so that only the order of the additions in the mean differs.
 
-This file owns schemas, contract, the CPU implementation and the reference; CUDA's is in `norm_triton`. Called on the
-step thread, twice a layer.
+This file owns schemas, contract, the CPU implementation (C++, or plain torch where there is no library) and the
+reference; CUDA's is in `norm_triton`. Called on the step thread, twice a layer.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .contract import check
+from .contract import refuse
+from .native.functions import ADDRESS, COUNT, NUMBER, REAL, TYPE_NUMBERS, function
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_NORM = (
+    "lorikeet_rms_norm",
+    NUMBER,
+    *(ADDRESS, COUNT),
+    *(ADDRESS, COUNT, NUMBER),
+    *(ADDRESS, ADDRESS, ADDRESS),
+    *(COUNT, COUNT, REAL, NUMBER),
+)
+_norm = function(*_NORM, brief=True)
 
 torch.library.define(
     "lorikeet::rms_norm", "(Tensor x, Tensor weight, float eps, Tensor? residual=None, Tensor? rows=None) -> Tensor"
@@ -43,9 +54,9 @@ def rms_norm(
     Raises:
         RuntimeError: a shape, dtype or layout is not as above.
     """
-    # On a CPU the dispatcher and the checks would take longer than the norm of a few rows.
+    # On a CPU the dispatcher would take longer than the norm of a few rows.
     if x.is_cpu and not torch.compiler.is_compiling():
-        return _rms_norm(x, weight, eps, residual, rows)
+        return _rms_norm_cpu(x, weight, eps, residual, rows)
     return torch.ops.lorikeet.rms_norm.default(x, weight, eps, residual, rows)
 
 
@@ -65,69 +76,78 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
         RuntimeError: a shape, dtype or layout is not as above.
     """
     if x.is_cpu and not torch.compiler.is_compiling():
-        return scale_rows(residual.add_(x), weight, eps)
+        return _add_rms_norm_cpu_(residual, x, weight, eps)
     return torch.ops.lorikeet.add_rms_norm_.default(residual, x, weight, eps)
 
 
-def scale_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """norm(x) over the last dimension of a CPU tensor, in few torch calls.
-
-    1 to 32 rows of 576 in fp32 take 60 % of `F.rms_norm`'s time (one thread, AVX2, torch 2.13, 2026-11-22).
-    """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    factor = torch.addcmul(_scalar(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
-    if x.dtype == torch.float32:
-        return torch.mul(x, factor).mul_(weight)
-    rounded = torch.empty(x.shape, dtype=x.dtype)
-    return torch.mul(x, factor, out=rounded).mul_(weight)
-
-
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """norm(x) as transformers writes it; the oracle of the tests."""
+    """norm(x) over the last dimension as transformers writes it; the oracle of the tests."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
 
-@lru_cache
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
-    check(x.dtype in _FLOATS, lambda: f"expected float32, bfloat16 or float16, got {x.dtype}")
-    for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None:
-            check(
-                tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape == x.shape and tensor.dtype == x.dtype,
-                lambda n=name, t=tensor: (
-                    f"{n} must be {x.dtype} {list(x.shape)} with contiguous rows,"
-                    f" got {t.dtype} {list(t.shape)}, strides {list(t.stride())}"
-                ),
-            )
-    check(
-        weight.shape == x.shape[1:] and weight.dtype == x.dtype and weight.is_contiguous(),
-        lambda: f"weight must be {x.dtype} {list(x.shape[1:])}, contiguous, got {weight.dtype} {list(weight.shape)}",
-    )
-    if rows is not None:
-        check(
-            rows.dtype == torch.int64 and rows.dim() == 1 and rows.is_contiguous(),
-            lambda: f"rows must be int64 [n], contiguous, got {rows.dtype} {list(rows.shape)}",
+    # On a CPU this runs at every call of a few microseconds, as in `attention`.
+    dtype, shape = x.dtype, x.shape
+    if dtype not in _FLOATS:
+        refuse(f"expected float32, bfloat16 or float16, got {dtype}")
+    if len(shape) != 2 or x.stride(1) != 1:
+        refuse(f"x must be {dtype} {list(shape)} with contiguous rows, got strides {list(x.stride())}")
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype or residual.stride(1) != 1):
+        refuse(
+            f"residual must be {dtype} {list(shape)} with contiguous rows,"
+            f" got {residual.dtype} {list(residual.shape)}, strides {list(residual.stride())}"
         )
+    if weight.dtype != dtype or weight.shape != (shape[1],) or not weight.is_contiguous():
+        refuse(f"weight must be {dtype} {[shape[1]]}, contiguous, got {weight.dtype} {list(weight.shape)}")
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous()):
+        refuse(f"rows must be int64 [n], contiguous, got {rows.dtype} {list(rows.shape)}")
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rows: Tensor | None) -> Tensor:
-    if rows is not None:
-        x = x.index_select(0, rows)
-        residual = None if residual is None else residual.index_select(0, rows)
-    return scale_rows(x if residual is None else x + residual, weight, eps)
+def _norm_rows(
+    norm: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    in_place: bool,
+) -> Tensor:
+    num_rows, width = x.shape
+    if rows is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # takes a third of what new_empty does
+    else:
+        num_rows = rows.shape[0]
+        out = x.new_empty((num_rows, width))
+    norm(
+        TYPE_NUMBERS[x.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        None if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        in_place,
+        None if rows is None else rows.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        width,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _rms_norm_cpu(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
     _check(x, weight, residual, rows)
-    return _rms_norm(x, weight, eps, residual, rows)
+    if _norm is not None:
+        return _norm_rows(_norm, x, weight, eps, residual, rows, in_place=False)
+    if rows is not None:
+        x = x.index_select(0, rows)
+        residual = None if residual is None else residual.index_select(0, rows)
+    return rms_norm_reference(x if residual is None else x + residual, weight, eps)
 
 
 def _rms_norm_cuda(
@@ -149,7 +169,9 @@ def _rms_norm_fake(
 
 def _add_rms_norm_cpu_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight, residual, None)
-    return scale_rows(residual.add_(x), weight, eps)
+    if _norm is not None:
+        return _norm_rows(_norm, x, weight, eps, residual, None, in_place=True)
+    return rms_norm_reference(residual.add_(x), weight, eps)
 
 
 def _add_rms_norm_cuda_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:

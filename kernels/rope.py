@@ -7,25 +7,37 @@ becomes
     high' = high * cos(a) + low  * sin(a)
 
 which is transformers' `rotate_half` layout (RoFormer, arXiv 2104.09864; 5.23 `apply_rotary_pos_emb`). cos and sin are
-transformers' values, computed in fp32 and rounded to the model's dtype. The products are added in fp32 and rounded once
-by the Triton kernel, rounded twice by the CPU path; transformers rounds three times.
+transformers' values, computed in fp32 and rounded to the model's dtype. The products are added in fp32 and rounded
+once; plain torch, on a CPU without a library of kernels, rounds twice and transformers three times.
 
 Where a family normalizes each head first (Qwen3), `head_norm` has the weights and the norm is that of `norm.rms_norm`.
 
-This file owns schema, contract, the CPU implementation and the reference; CUDA's is in `rope_triton`. Called on the
-step thread, once a layer; `rotation_table` once at the start.
+This file owns schema, contract, the CPU implementation (C++, or plain torch where there is no library) and the
+reference; CUDA's is in `rope_triton`. Called on the step thread, once a layer; `rotation_table` once at the start.
 """
 
 import torch
 from torch import Tensor
 
 from .attention_cpu import kv_write_
-from .contract import check
-from .norm import rms_norm_reference, scale_rows
+from .contract import refuse
+from .native.functions import ADDRESS, COUNT, NUMBER, REAL, TYPE_NUMBERS, function
+from .norm import rms_norm_reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Positions that are computed at a time, which bounds the temporary memory of a long table.
 _TABLE_PIECE = 1 << 14
+
+_ROTATE = (
+    "lorikeet_rope_kv_write",
+    NUMBER,
+    *(ADDRESS, COUNT),
+    *(ADDRESS, ADDRESS, ADDRESS, ADDRESS),
+    *(ADDRESS, REAL),
+    *(COUNT, COUNT, COUNT, COUNT, COUNT),
+    NUMBER,
+)
+_rotate = function(*_ROTATE, brief=True)
 
 torch.library.define(
     "lorikeet::rope_kv_write_",
@@ -87,7 +99,7 @@ def rope_kv_write_(
     """
     # On a CPU the dispatcher is left out, as in `norm.rms_norm`.
     if qkv.is_cpu and not torch.compiler.is_compiling():
-        _rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+        _rope_kv_write_cpu_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
     else:
         torch.ops.lorikeet.rope_kv_write_.default(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
 
@@ -110,7 +122,7 @@ def rope_reference(x: Tensor, rotations: Tensor, weight: Tensor | None = None, e
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def _rope_kv_write_(
+def _rope_kv_write_plainly_(
     qkv: Tensor,
     rotations: Tensor,
     k_cache: Tensor,
@@ -124,7 +136,7 @@ def _rope_kv_write_(
     heads = qkv.view(num_tokens, num_all_heads, head_dim)
     rotated = heads[:, :-num_kv_heads]
     if head_norm is not None:
-        rotated.copy_(scale_rows(rotated, head_norm, eps))
+        rotated.copy_(rms_norm_reference(rotated, head_norm, eps))
     # Queries and keys at once: (low, high) * (cos, cos) + (high, low) * (-sin, sin).
     halves = rotated.view(num_tokens, num_all_heads - num_kv_heads, 2, head_dim // 2)
     swapped = halves.roll(1, 2)
@@ -140,49 +152,42 @@ def _check(
     kv_slots: Tensor,
     head_norm: Tensor | None,
 ) -> None:
-    check(qkv.dtype in _FLOATS, lambda: f"expected float32, bfloat16 or float16, got {qkv.dtype}")
+    dtype, cache_shape = qkv.dtype, k_cache.shape
+    if dtype not in _FLOATS:
+        refuse(f"expected float32, bfloat16 or float16, got {dtype}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(
-            cache.dim() == 4 and cache.is_contiguous() and cache.dtype == qkv.dtype and cache.shape == k_cache.shape,
-            lambda n=name, c=cache: (
-                f"{n} must be {qkv.dtype} [num_kv_heads, num_blocks, block_size, head_dim], contiguous,"
-                f" got {c.dtype} {list(c.shape)}, strides {list(c.stride())}"
-            ),
-        )
-    num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[3]
-    check(head_dim % 2 == 0, lambda: f"head_dim must be even, got {head_dim}")
-    check(
-        qkv.dim() == 2
-        and qkv.stride(1) == 1
-        and qkv.shape[1] % head_dim == 0
-        and qkv.shape[1] // head_dim > 2 * num_kv_heads,
-        lambda: (
+        if len(cache_shape) != 4 or cache.shape != cache_shape or cache.dtype != dtype or not cache.is_contiguous():
+            refuse(
+                f"{name} must be {dtype} [num_kv_heads, num_blocks, block_size, head_dim], contiguous,"
+                f" got {cache.dtype} {list(cache.shape)}, strides {list(cache.stride())}"
+            )
+    num_kv_heads, _, _, head_dim = cache_shape
+    if head_dim % 2 != 0:
+        refuse(f"head_dim must be even, got {head_dim}")
+    if (
+        qkv.dim() != 2
+        or qkv.stride(1) != 1
+        or qkv.shape[1] % head_dim != 0
+        or qkv.shape[1] // head_dim <= 2 * num_kv_heads
+    ):
+        refuse(
             f"qkv must be [num_tokens, (num_heads + {2 * num_kv_heads}) * {head_dim}] with contiguous rows,"
             f" got {list(qkv.shape)}, strides {list(qkv.stride())}"
-        ),
-    )
-    check(
-        rotations.shape == (qkv.shape[0], 3, head_dim // 2)
-        and rotations.dtype == qkv.dtype
-        and rotations.is_contiguous(),
-        lambda: (
-            f"rotations must be {qkv.dtype} {[qkv.shape[0], 3, head_dim // 2]}, contiguous,"
-            f" got {rotations.dtype} {list(rotations.shape)}"
-        ),
-    )
-    check(
-        kv_slots.dtype == torch.int64 and kv_slots.shape == qkv.shape[:1] and kv_slots.is_contiguous(),
-        lambda: f"kv_slots must be int64 [{qkv.shape[0]}], got {kv_slots.dtype} {list(kv_slots.shape)}",
-    )
-    if head_norm is not None:
-        shape = (qkv.shape[1] // head_dim - num_kv_heads, head_dim)
-        check(
-            head_norm.shape == shape and head_norm.dtype == qkv.dtype and head_norm.is_contiguous(),
-            lambda: (
-                f"head_norm must be {qkv.dtype} {list(shape)}, contiguous,"
-                f" got {head_norm.dtype} {list(head_norm.shape)}"
-            ),
         )
+    num_tokens, width = qkv.shape
+    if rotations.shape != (num_tokens, 3, head_dim // 2) or rotations.dtype != dtype or not rotations.is_contiguous():
+        refuse(
+            f"rotations must be {dtype} {[num_tokens, 3, head_dim // 2]}, contiguous,"
+            f" got {rotations.dtype} {list(rotations.shape)}"
+        )
+    if kv_slots.dtype != torch.int64 or kv_slots.shape != (num_tokens,) or not kv_slots.is_contiguous():
+        refuse(f"kv_slots must be int64 [{num_tokens}], got {kv_slots.dtype} {list(kv_slots.shape)}")
+    if head_norm is not None:
+        shape = (width // head_dim - num_kv_heads, head_dim)
+        if head_norm.shape != shape or head_norm.dtype != dtype or not head_norm.is_contiguous():
+            refuse(
+                f"head_norm must be {dtype} {list(shape)}, contiguous, got {head_norm.dtype} {list(head_norm.shape)}"
+            )
 
 
 def _rope_kv_write_cpu_(
@@ -195,7 +200,28 @@ def _rope_kv_write_cpu_(
     eps: float = 0.0,
 ) -> None:
     _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
-    _rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+    if _rotate is None:
+        _rope_kv_write_plainly_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
+        return
+    num_tokens, width = qkv.shape
+    num_kv_heads, num_blocks, block_size, head_dim = k_cache.shape
+    _rotate(
+        TYPE_NUMBERS[qkv.dtype],
+        qkv.data_ptr(),
+        qkv.stride(0),
+        rotations.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        kv_slots.data_ptr(),
+        None if head_norm is None else head_norm.data_ptr(),
+        eps,
+        num_tokens,
+        width // head_dim - 2 * num_kv_heads,
+        num_kv_heads,
+        head_dim,
+        num_blocks * block_size,
+        torch.get_num_threads(),
+    )
 
 
 def _rope_kv_write_cuda_(

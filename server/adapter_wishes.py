@@ -1,4 +1,4 @@
-"""Which adapters a GenerateRequest names, and how strong each shall be. With `convert.py`, what sees protobuf."""
+"""Which adapters a request names, and how strong each shall be. With `convert.py`, what sees protobuf."""
 
 import math
 
@@ -9,11 +9,14 @@ from ..protos.v1 import generation_pb2 as pb
 from .errors import BadRequestError
 from .field_errors import blaming
 
+# Requests that name adapters in the same fields.
+AdaptedRequest = pb.GenerateRequest | pb.ScoreRequest
+
 # Of a reference that may be malformed: as long as a well-formed one can be.
 MAX_LOGGED = 128 + 1 + 64  # characters
 
 
-def parse_wishes(request: pb.GenerateRequest) -> tuple[Wish, ...]:
+def parse_wishes(request: AdaptedRequest) -> tuple[Wish, ...]:
     """The adapters of a request; none: the base.
 
     Raises:
@@ -38,12 +41,12 @@ def parse_wishes(request: pb.GenerateRequest) -> tuple[Wish, ...]:
     return tuple(_member(f"adapters[{index}]", member) for index, member in enumerate(request.adapters))
 
 
-def is_composed(request: pb.GenerateRequest) -> bool:
+def is_composed(request: AdaptedRequest) -> bool:
     """Whether the answer lists what was applied, with weights."""
     return bool(request.adapters) or request.HasField("strength")
 
 
-def logged_wishes(request: pb.GenerateRequest) -> str:
+def logged_wishes(request: AdaptedRequest) -> str:
     """What a request names, for the log: unchecked, bounded."""
     if request.adapters:
         named = [
@@ -56,7 +59,7 @@ def logged_wishes(request: pb.GenerateRequest) -> str:
     return request.adapter_id[:MAX_LOGGED]
 
 
-def _single(request: pb.GenerateRequest) -> tuple[Wish, ...]:
+def _single(request: AdaptedRequest) -> tuple[Wish, ...]:
     if request.adapter_id:
         with blaming("adapter_id"):
             parse_reference(request.adapter_id)

@@ -15,6 +15,7 @@ from ..adapters.lora_batch import LoraBatch
 from ..adapters.manager import AdapterManager
 from ..adapters.state.state_dir import StateDir, open_state_dir
 from ..adapters.watcher import AdapterWatcher
+from ..kernels.native.functions import library_name
 from .base.demo import BASE_NAME, prepare_demo_base
 from .base.loader import load_base
 from .base.model import BaseModel
@@ -159,7 +160,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
     )
     runner.capture_graphs(progress=True)
     scheduler = Scheduler(
-        BlockManager(num_blocks, config.block_size),
+        BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache),
         composition,
         max_running=config.max_running,
         token_budget=config.step_tokens,
@@ -201,8 +202,15 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
             "max_context": max_context,
             "kv_blocks": num_blocks,
             "graphs": runner.graph_stats.num_graphs,
+            "cpu_kernels": library_name() or "none",
         },
     )
+    if compute.device.type == "cpu" and library_name() is None:
+        log.warning(
+            "no_cpu_kernels",
+            hint="Lorikeet was installed without its compiled CPU kernels, so steps take several times as long. "
+            "Install a C++ compiler (Debian, Ubuntu: apt-get install g++) and install Lorikeet again.",
+        )
     watcher = AdapterWatcher(manager, config.adapters) if config.adapters else None
     return App(
         config, base, manager, composition, state, policy, watcher, engine, tokenizers, max_context, metrics, registry

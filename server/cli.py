@@ -19,6 +19,9 @@ from ..adapters.errors import ServingError
 from .access import CLIENT_ENV, CLIENT_KEY, check_client_name
 from .addresses import DEFAULT_ADDRESS
 from .cli_adapter_flags import add_adapters, weighted_adapter
+from .cli_advise import add_advise
+from .cli_eval import add_eval
+from .cli_merge import add_merge
 
 
 def main() -> NoReturn:
@@ -89,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     health.add_argument("--service", default="", help="full name of one gRPC service [the server as a whole]")
     demo = commands.add_parser("prepare-demo", help="fetch and prepare the embedded demo base")
     demo.add_argument("--cache-dir", type=Path, metavar="DIR", help="where models are kept [~/.cache/lorikeet]")
+    add_eval(commands.add_parser("eval", parents=[client], help="perplexity of a text with adapters"))
+    add_advise(commands.add_parser("advise", help="say which way of deploying an adapter fits"))
+    add_merge(commands.add_parser("merge", help="write the base with adapters merged into it as one model"))
     return parser
 
 
@@ -164,6 +170,18 @@ def _run(options: argparse.Namespace) -> int:
         from .cli_golden import golden
 
         return golden(options.directory, options.model, options.prompt, options.prompts, options.tolerance)
+    if options.command == "advise":
+        from .cli_advise import advise_here
+
+        return advise_here(options)
+    if options.command == "eval" and options.model is not None:
+        from .cli_eval import evaluate_here
+
+        return evaluate_here(options)
+    if options.command == "merge":
+        from .cli_merge import merge
+
+        return merge(options)
     from . import cli_client
 
     return cli_client.run(options)

@@ -6,6 +6,7 @@ import time
 
 from ..protos.v1 import generation_pb2
 from .cli_adapters import run_adapters
+from .cli_eval import evaluate_there
 from .cli_print import DIGEST_DIGITS, print_json
 from .client import GenerateOptions, LorikeetClient
 from .status import RemoteError
@@ -103,4 +104,4 @@ def _name(adapter: generation_pb2.AdapterVersion) -> str:
     return f"{adapter.adapter_id} @ {adapter.version[:DIGEST_DIGITS]}" if adapter.adapter_id else "base"
 
 
-_COMMANDS = {"generate": _generate, "adapters": run_adapters, "health": _health}
+_COMMANDS = {"eval": evaluate_there, "generate": _generate, "adapters": run_adapters, "health": _health}

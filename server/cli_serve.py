@@ -12,6 +12,7 @@ from .addresses import DEFAULT_ADDRESS, require_free
 from .config import ServerConfig
 from .config_loading import load_config
 from .errors import ConfigError
+from .lean_imports import lean_imports
 from .logs import configure_logs
 
 
@@ -33,8 +34,9 @@ def serve(arguments: Sequence[str]) -> int:
     # Until the event loop takes the signal over. As a container's first process, the default would be to ignore it.
     signal.signal(signal.SIGTERM, _end)
     # Imports torch and transformers, which takes seconds; what can be wrong without them has been reported by now.
-    from .app import run_server
-    from .lifecycle import Ready
+    with lean_imports():
+        from .app import run_server
+        from .lifecycle import Ready
 
     def announce(ready: Ready) -> None:
         metrics = f"metrics {ready.metrics_url}" if ready.metrics_url else "metrics off"

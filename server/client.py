@@ -74,6 +74,23 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
 
 
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of a score; each is the field of that name in generation.proto, which documents it.
+
+    Exactly one of `text` and `token_ids` is given.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    adapter_id: str
+    strength: float
+    adapters: WeightedAdapters
+    routing_key: str
+    request_id: str
+    first: int
+    top_logprobs: int
+
+
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of a load; each is the field of that name in adapters.proto, which documents it."""
 
@@ -87,9 +104,7 @@ def generate_request(**options: Unpack[GenerateOptions]) -> generation_pb2.Gener
     """The request message of these options."""
     fields: dict[str, Any] = dict(options)
     messages = [generation_pb2.Message(role=role, content=content) for role, content in fields.pop("messages", ())]
-    given = fields.pop("adapters", ())
-    pairs = given.items() if isinstance(given, Mapping) else given
-    adapters = [generation_pb2.WeightedAdapter(adapter_id=reference, weight=weight) for reference, weight in pairs]
+    adapters = _weighted(fields.pop("adapters", ()))
     parts: dict[str, dict[str, Any]] = {"sampling": {}, "stopping": {}}
     for name, message in (("sampling", generation_pb2.Sampling), ("stopping", generation_pb2.Stopping)):
         for field in message.DESCRIPTOR.fields_by_name:
@@ -102,6 +117,12 @@ def generate_request(**options: Unpack[GenerateOptions]) -> generation_pb2.Gener
         stopping=generation_pb2.Stopping(**parts["stopping"]),
         **fields,
     )
+
+
+def score_request(**options: Unpack[ScoreOptions]) -> generation_pb2.ScoreRequest:
+    """The request message of these options."""
+    fields: dict[str, Any] = dict(options)
+    return generation_pb2.ScoreRequest(adapters=_weighted(fields.pop("adapters", ())), **fields)
 
 
 class LorikeetClient:
@@ -142,6 +163,17 @@ class LorikeetClient:
                 yield from call
             finally:
                 call.cancel()
+
+    def score(self, **options: Unpack[ScoreOptions]) -> generation_pb2.ScoreResponse:
+        """The log probability of each token of a text, given those before it."""
+        response: generation_pb2.ScoreResponse = self._call(self._generation.Score, score_request(**options))
+        return response
+
+    def tokenize(self, text: str, adapter_id: str = "") -> generation_pb2.TokenizeResponse:
+        """The tokens of a text as `score` and `generate` read it, and how many a request may have."""
+        request = generation_pb2.TokenizeRequest(text=text, adapter_id=adapter_id)
+        response: generation_pb2.TokenizeResponse = self._call(self._generation.Tokenize, request)
+        return response
 
     def load_adapter(self, adapter_id: str, path: str = "", **options: Unpack[LoadOptions]) -> adapters_pb2.Adapter:
         """Load, or load again, an adapter.
@@ -285,6 +317,11 @@ class LorikeetClient:
             token = page.next_page_token
             if not token:
                 return
+
+
+def _weighted(adapters: WeightedAdapters) -> list[generation_pb2.WeightedAdapter]:
+    pairs = adapters.items() if isinstance(adapters, Mapping) else adapters
+    return [generation_pb2.WeightedAdapter(adapter_id=reference, weight=weight) for reference, weight in pairs]
 
 
 def _tier_value(tier: TierName) -> "adapters_pb2.AdapterTier.ValueType":

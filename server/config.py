@@ -168,6 +168,11 @@ class ServerConfig(BaseSettings):
         "Engine", 512, "Most tokens, of prompts and outputs together, in one forward pass, 1 to 65536.", ge=1, le=65536
     )
     max_running: int = _field("Engine", 128, "Most requests in one forward pass, 1 to 4096.", ge=1, le=4096)
+    prefix_cache: bool = _field(
+        "Engine",
+        True,
+        "Whether requests of one adapter share the KV of prompts that begin alike, which then is computed only once.",
+    )
     cuda_graphs: bool = _field(
         "Engine",
         True,

@@ -59,7 +59,7 @@ def parse_generation(request: pb.GenerateRequest) -> Generation:
         prompt=_prompt(request),
         wishes=parse_wishes(request),
         is_composed=is_composed(request),
-        routing_key=_routing_key(request),
+        routing_key=routing_key(request),
         params=_params(request),
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
     )
@@ -210,7 +210,12 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
     return prompt
 
 
-def _routing_key(request: pb.GenerateRequest) -> str:
+def routing_key(request: pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest) -> str:
+    """What decides among the targets of an alias.
+
+    Raises:
+        BadRequestError: it is too long or has characters that do not belong into a log.
+    """
     key = request.routing_key
     if len(key) > MAX_ROUTING_KEY or not key.isprintable():
         raise BadRequestError(

@@ -98,8 +98,6 @@ def _last(model: Any, ids: Tensor) -> Tensor:
 
 
 def _nf4_model(directory: Path) -> Any:
-    from bitsandbytes.nn import Linear4bit
-
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -118,6 +116,14 @@ def _nf4_model(directory: Path) -> Any:
         use_safetensors=True,
         **extra,
     )
+    compute_in_float32(model)
+    return model
+
+
+def compute_in_float32(model: Any) -> None:
+    """Have a transformers model that is plain or in NF4, and was loaded in float32, compute in it throughout."""
+    from bitsandbytes.nn import Linear4bit
+
     for parameter in model.parameters():
         # Of a checkpoint that was quantized before, transformers leaves the rest in bf16 whatever was asked for.
         if parameter.is_floating_point():
@@ -130,7 +136,6 @@ def _nf4_model(directory: Path) -> Any:
             weight.quant_state.dtype = torch.float32
             # Where the CPU has AVX512-BF16, bitsandbytes would compute in bf16 although fp32 was asked for.
             module.support_avx512bf16_for_cpu = False
-    return model
 
 
 @contextmanager

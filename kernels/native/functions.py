@@ -4,7 +4,7 @@ The package's build makes one library for each instruction set (`pyproject.toml`
 compiler there is none, and the operators' plain-torch implementations run, several times slower; `library_name` is for
 saying so. LORIKEET_NATIVE_KERNELS names one library (`avx2`, `portable`) or none (`off`), for tests and comparisons.
 
-Functions are called by ctypes, which costs 1 to 2 us where torch's dispatcher takes 5 to 10, and needs no torch headers,
+Functions are called by ctypes, which costs 1 to 2 us where torch's dispatcher takes 5 to 10 and needs no torch headers,
 so one build serves every version of torch. They check nothing: callers do.
 """
 

@@ -40,4 +40,11 @@ static void parallel_for(int threads, long count, long piece, const Body& body) 
     start_team(work, &shared, static_cast<unsigned>(pieces < threads ? pieces : threads), 0);
 }
 
+// A length of pieces that deals `count` out evenly, with at least `least` in each: few long rows go to one thread.
+static inline long even_piece(int threads, long count, long least) {
+    const long most = 4L * threads, wanted = count / (least > 1 ? least : 1);
+    const long pieces = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    return (count + pieces - 1) / pieces;
+}
+
 }  // namespace lorikeet

@@ -24,45 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#lorikeet/protos/v1/generation.proto\x12\x0blorikeet.v1\"\x9b\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x13\n\x06prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x04 \x03(\x0b\x32\x14.lorikeet.v1.Message\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.lorikeet.v1.Sampling\x12\'\n\x08stopping\x18\x08 \x01(\x0b\x32\x15.lorikeet.v1.Stopping\x12\x15\n\x08logprobs\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x0brouting_key\x18\n \x01(\t\x12.\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x1c.lorikeet.v1.WeightedAdapter\x12\x15\n\x08strength\x18\x0c \x01(\x02H\x03\x88\x01\x01\x42\t\n\x07_promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x0b\n\t_strength\"E\n\x0fWeightedAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x82\x01\n\x08Stopping\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x03 \x01(\x08\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x17\n\nmin_tokens\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_min_tokens\"\xe4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.lorikeet.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.lorikeet.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.lorikeet.v1.Usage\x12-\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x1b.lorikeet.v1.AppliedAdapterB\x0c\n\nstopped_by\"N\n\x0e\x41ppliedAdapter\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\x9a\x01\n\x16GenerateStreamResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.lorikeet.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.lorikeet.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x91\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1b.lorikeet.v1.AppliedAdapter\"U\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.lorikeet.v1.TokenLogprob\"\x9d\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.lorikeet.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lorikeet.v1.UsageB\x0c\n\nstopped_by\"5\n\x0e\x41\x64\x61pterVersion\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.lorikeet.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lorikeet.v1.GenerateRequest\x1a\x1d.lorikeet.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.lorikeet.v1.GenerateRequest\x1a#.lorikeet.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#lorikeet/protos/v1/generation.proto\x12\x0blorikeet.v1\"\x9b\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x13\n\x06prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x04 \x03(\x0b\x32\x14.lorikeet.v1.Message\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.lorikeet.v1.Sampling\x12\'\n\x08stopping\x18\x08 \x01(\x0b\x32\x15.lorikeet.v1.Stopping\x12\x15\n\x08logprobs\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x0brouting_key\x18\n \x01(\t\x12.\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x1c.lorikeet.v1.WeightedAdapter\x12\x15\n\x08strength\x18\x0c \x01(\x02H\x03\x88\x01\x01\x42\t\n\x07_promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x0b\n\t_strength\"E\n\x0fWeightedAdapter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x98\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\x05\x66irst\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x0brouting_key\x18\x07 \x01(\t\x12.\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x1c.lorikeet.v1.WeightedAdapter\x12\x15\n\x08strength\x18\t \x01(\x02H\x03\x88\x01\x01\x42\x07\n\x05_textB\x08\n\x06_firstB\x0f\n\r_top_logprobsB\x0b\n\t_strength\"\xe7\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12-\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1b.lorikeet.v1.AppliedAdapter\x12\r\n\x05\x66irst\x18\x04 \x01(\x05\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.lorikeet.v1.TokenLogprob\x12\x12\n\nnum_tokens\x18\x06 \x01(\x05\x12\x15\n\rcached_tokens\x18\x07 \x01(\x05\"\\\n\x0fTokenizeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0brouting_key\x18\x04 \x01(\t\"|\n\x10TokenizeResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\x05\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x82\x01\n\x08Stopping\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0cinclude_stop\x18\x03 \x01(\x08\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x17\n\nmin_tokens\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_min_tokens\"\xe4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.lorikeet.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.lorikeet.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.lorikeet.v1.Usage\x12-\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x1b.lorikeet.v1.AppliedAdapterB\x0c\n\nstopped_by\"N\n\x0e\x41ppliedAdapter\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\x9a\x01\n\x16GenerateStreamResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.lorikeet.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.lorikeet.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x91\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1b.lorikeet.v1.AdapterVersion\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x1b.lorikeet.v1.AppliedAdapter\"U\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.lorikeet.v1.TokenLogprob\"\x9d\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.lorikeet.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lorikeet.v1.UsageB\x0c\n\nstopped_by\"5\n\x0e\x41\x64\x61pterVersion\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.lorikeet.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbc\x02\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.lorikeet.v1.GenerateRequest\x1a\x1d.lorikeet.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.lorikeet.v1.GenerateRequest\x1a#.lorikeet.v1.GenerateStreamResponse0\x01\x12>\n\x05Score\x12\x19.lorikeet.v1.ScoreRequest\x1a\x1a.lorikeet.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.lorikeet.v1.TokenizeRequest\x1a\x1d.lorikeet.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorikeet.protos.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2312
-  _globals['_FINISHREASON']._serialized_end=2407
+  _globals['_FINISHREASON']._serialized_start=3049
+  _globals['_FINISHREASON']._serialized_end=3144
   _globals['_GENERATEREQUEST']._serialized_start=53
   _globals['_GENERATEREQUEST']._serialized_end=464
   _globals['_WEIGHTEDADAPTER']._serialized_start=466
   _globals['_WEIGHTEDADAPTER']._serialized_end=535
-  _globals['_MESSAGE']._serialized_start=537
-  _globals['_MESSAGE']._serialized_end=577
-  _globals['_SAMPLING']._serialized_start=580
-  _globals['_SAMPLING']._serialized_end=912
-  _globals['_STOPPING']._serialized_start=915
-  _globals['_STOPPING']._serialized_end=1045
-  _globals['_GENERATERESPONSE']._serialized_start=1048
-  _globals['_GENERATERESPONSE']._serialized_end=1404
-  _globals['_APPLIEDADAPTER']._serialized_start=1406
-  _globals['_APPLIEDADAPTER']._serialized_end=1484
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1487
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1641
-  _globals['_STARTED']._serialized_start=1644
-  _globals['_STARTED']._serialized_end=1789
-  _globals['_DELTA']._serialized_start=1791
-  _globals['_DELTA']._serialized_end=1876
-  _globals['_FINISHED']._serialized_start=1879
-  _globals['_FINISHED']._serialized_end=2036
-  _globals['_ADAPTERVERSION']._serialized_start=2038
-  _globals['_ADAPTERVERSION']._serialized_end=2091
-  _globals['_USAGE']._serialized_start=2093
-  _globals['_USAGE']._serialized_end=2172
-  _globals['_TOKENLOGPROB']._serialized_start=2174
-  _globals['_TOKENLOGPROB']._serialized_end=2261
-  _globals['_TOPLOGPROB']._serialized_start=2263
-  _globals['_TOPLOGPROB']._serialized_end=2310
-  _globals['_GENERATIONSERVICE']._serialized_start=2410
-  _globals['_GENERATIONSERVICE']._serialized_end=2589
+  _globals['_SCOREREQUEST']._serialized_start=538
+  _globals['_SCOREREQUEST']._serialized_end=818
+  _globals['_SCORERESPONSE']._serialized_start=821
+  _globals['_SCORERESPONSE']._serialized_end=1052
+  _globals['_TOKENIZEREQUEST']._serialized_start=1054
+  _globals['_TOKENIZEREQUEST']._serialized_end=1146
+  _globals['_TOKENIZERESPONSE']._serialized_start=1148
+  _globals['_TOKENIZERESPONSE']._serialized_end=1272
+  _globals['_MESSAGE']._serialized_start=1274
+  _globals['_MESSAGE']._serialized_end=1314
+  _globals['_SAMPLING']._serialized_start=1317
+  _globals['_SAMPLING']._serialized_end=1649
+  _globals['_STOPPING']._serialized_start=1652
+  _globals['_STOPPING']._serialized_end=1782
+  _globals['_GENERATERESPONSE']._serialized_start=1785
+  _globals['_GENERATERESPONSE']._serialized_end=2141
+  _globals['_APPLIEDADAPTER']._serialized_start=2143
+  _globals['_APPLIEDADAPTER']._serialized_end=2221
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2224
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2378
+  _globals['_STARTED']._serialized_start=2381
+  _globals['_STARTED']._serialized_end=2526
+  _globals['_DELTA']._serialized_start=2528
+  _globals['_DELTA']._serialized_end=2613
+  _globals['_FINISHED']._serialized_start=2616
+  _globals['_FINISHED']._serialized_end=2773
+  _globals['_ADAPTERVERSION']._serialized_start=2775
+  _globals['_ADAPTERVERSION']._serialized_end=2828
+  _globals['_USAGE']._serialized_start=2830
+  _globals['_USAGE']._serialized_end=2909
+  _globals['_TOKENLOGPROB']._serialized_start=2911
+  _globals['_TOKENLOGPROB']._serialized_end=2998
+  _globals['_TOPLOGPROB']._serialized_start=3000
+  _globals['_TOPLOGPROB']._serialized_end=3047
+  _globals['_GENERATIONSERVICE']._serialized_start=3147
+  _globals['_GENERATIONSERVICE']._serialized_end=3463
 # @@protoc_insertion_point(module_scope)

@@ -184,6 +184,209 @@ class WeightedAdapter(_message.Message):
 Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
+class ScoreRequest(_message.Message):
+    """ScoreRequest is a text and what shall say how likely it is. Exactly one of `text` and `token_ids` is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """request_id names the request in logs and in the answer, as in GenerateRequest."""
+    adapter_id: _builtins.str
+    """adapter_id is what answers, as in GenerateRequest. Empty: the base model. Unknown: NOT_FOUND."""
+    text: _builtins.str
+    """text is what to score. It is tokenized as a prompt is, a beginning-of-sequence token included where the model wants
+    one. Set but empty, or of one token: INVALID_ARGUMENT.
+    """
+    first: _builtins.int
+    """first is the first token that is scored, counted from 0; those before are context. 1 to the number of tokens less 1.
+    Unset: 1, all but the very first, which nothing comes before.
+    """
+    top_logprobs: _builtins.int
+    """top_logprobs asks for this many likeliest alternatives of each token, 0 to 20. Unset: 0."""
+    routing_key: _builtins.str
+    """routing_key decides which target of an alias with several answers, as in GenerateRequest."""
+    strength: _builtins.float
+    """strength multiplies the delta of adapter_id, as in GenerateRequest."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token_ids is a text that is already tokenized, 2 tokens or more; nothing is added to it. Ids are below the vocabulary
+        size. More tokens than the context: INVALID_ARGUMENT, PROMPT_TOO_LONG.
+        """
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """adapters answer together, as in GenerateRequest."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        text: _builtins.str | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        first: _builtins.int | None = ...,
+        top_logprobs: _builtins.int | None = ...,
+        routing_key: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        strength: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first", b"_first", "_strength", b"_strength", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "first", b"first", "strength", b"strength", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first", b"_first", "_strength", b"_strength", "_text", b"_text", "_top_logprobs", b"_top_logprobs", "adapter_id", b"adapter_id", "adapters", b"adapters", "first", b"first", "request_id", b"request_id", "routing_key", b"routing_key", "strength", b"strength", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first: _TypeAlias = _typing.Literal["first"]  # noqa: Y015
+    _WhichOneofArgType__first: _TypeAlias = _typing.Literal["_first", b"_first"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first) -> _WhichOneofReturnType__first | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprobs) -> _WhichOneofReturnType__top_logprobs | None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """ScoreResponse says how likely a text is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """request_id is the one given, or the one made up."""
+    first: _builtins.int
+    """first is the index in the text of the first token that was scored."""
+    num_tokens: _builtins.int
+    """num_tokens is the length of the text."""
+    cached_tokens: _builtins.int
+    """cached_tokens is how many tokens of context were not computed again because of the prefix cache."""
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """adapter is what answered."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedAdapter]:
+        """adapters are what answered together, for a request with several adapters or a strength; adapter is not set then."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """logprobs has an entry for each token that was scored, in order, before any temperature."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        adapter: Global___AdapterVersion | None = ...,
+        adapters: _abc.Iterable[Global___AppliedAdapter] | None = ...,
+        first: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        num_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "first", b"first", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """TokenizeRequest is a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """request_id names the request in logs and in the answer, as in GenerateRequest."""
+    adapter_id: _builtins.str
+    """adapter_id is whose tokenizer reads the text; one without its own reads it as the base does. Empty: the base model."""
+    text: _builtins.str
+    """text is what to tokenize, as a prompt. Empty: INVALID_ARGUMENT."""
+    routing_key: _builtins.str
+    """routing_key decides which target of an alias with several is meant, as in GenerateRequest."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        text: _builtins.str = ...,
+        routing_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "request_id", b"request_id", "routing_key", b"routing_key", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """TokenizeResponse has the tokens of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """request_id is the one given, or the one made up."""
+    max_context: _builtins.int
+    """max_context is how many tokens a request of this server may have, prompt and output together."""
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """adapter is whose tokenizer read the text."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token_ids are the tokens."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        adapter: Global___AdapterVersion | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        max_context: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "max_context", b"max_context", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
 class Message(_message.Message):
     """Message is one turn of a conversation."""
 
@@ -650,7 +853,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """TokenLogprob is the log probability of one generated token."""
+    """TokenLogprob is the log probability of one generated or scored token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -658,7 +861,7 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
-    """token_id is the generated token."""
+    """token_id is the token."""
     logprob: _builtins.float
     """logprob is its natural log probability, before temperature, penalties and truncation."""
     @_builtins.property

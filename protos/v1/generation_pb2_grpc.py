@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -61,10 +62,21 @@ class GenerationServiceStub:
                 request_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/lorikeet.v1.GenerationService/Score',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/lorikeet.v1.GenerationService/Tokenize',
+                request_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -98,6 +110,22 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Score answers with the log probability of each token of a text, given those before it. It shares batches, fair shares
+        and caps with generation. A text longer than the context is cut into windows by the client: each is one call that
+        says with `first` which tokens are only context.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Tokenize answers with the tokens of a text as Score and Generate would read it, and computes nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +139,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lorikeet.v1.GenerationService', rpc_method_handlers)
@@ -120,7 +158,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -183,6 +222,60 @@ class GenerationService:
             '/lorikeet.v1.GenerationService/GenerateStream',
             lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             lorikeet_dot_protos_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.GenerationService/Score',
+            lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.GenerationService/Tokenize',
+            lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            lorikeet_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

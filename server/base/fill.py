@@ -1,7 +1,7 @@
 """Streams a checkpoint's tensors into a model: linears quantized to NF4 one at a time, the rest as it is."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Collection
 
 import bitsandbytes.functional as bnb
 import torch
@@ -37,7 +37,7 @@ def fill_model(
     with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=verb, disable=not progress) as bar:
         for raw_name, tensor in checkpoint.tensors():
             bar.update(tensor.nbytes)
-            name = _parameter_name(raw_name, wanted, by_linear)
+            name = parameter_name(raw_name, wanted, by_linear)
             linear = name.rpartition(".")[0]
             owner = linear if linear in by_linear else name.partition(".weight.")[0]
             if owner in by_linear:
@@ -46,7 +46,7 @@ def fill_model(
                     _write_bias(plan, part, tensor, device, dtype)
                 elif quantized:
                     nested[owner][name.removeprefix(f"{owner}.")] = tensor
-                    if _complete(nested[owner]):
+                    if is_complete(nested[owner]):
                         _write_quantized(plan, part, nested.pop(owner), device)
                 else:
                     _write_weight(plan, part, tensor, device)
@@ -54,7 +54,7 @@ def fill_model(
                 # A copy even where nothing changes: a view would keep its whole shard mapped.
                 set_parameter(model, name, tensor.to(device=device, dtype=dtype, copy=True))
                 wanted.discard(name)
-            elif not _ignorable(model, name):
+            elif not is_ignorable(model, name):
                 raise BaseModelError(f"The checkpoint has a tensor {raw_name} that the architecture has no place for.")
     absent = sorted(wanted - tied) + sorted(n for p in plans for n in p.missing)
     if absent:
@@ -72,8 +72,14 @@ def required_dense_names(model: nn.Module, plans: list[SitePlan]) -> set[str]:
     return dense_names(model, plans) - set(tied_names(model))
 
 
-def _parameter_name(name: str, wanted: set[str], by_linear: dict[str, Any]) -> str:
-    """Accept checkpoints saved from the bare decoder, without the `model.` prefix."""
+def parameter_name(name: str, wanted: Collection[str], by_linear: Collection[str]) -> str:
+    """The model's name of a checkpoint's tensor: checkpoints of the bare decoder lack the `model.` prefix.
+
+    Args:
+        name: in the file.
+        wanted: names of the parameters that stay 16-bit.
+        by_linear: paths of the linears that become NF4.
+    """
     prefixed = f"model.{name}"
     linear = prefixed.rpartition(".")[0]
     if prefixed in wanted or linear in by_linear or prefixed.partition(".weight.")[0] in by_linear:
@@ -87,7 +93,7 @@ def tied_names(model: nn.Module) -> list[str]:
     return list(keys) if getattr(model.config, "tie_word_embeddings", False) else []
 
 
-def _ignorable(model: nn.Module, name: str) -> bool:
+def is_ignorable(model: nn.Module, name: str) -> bool:
     """Old checkpoints store rotary frequencies; tied ones may repeat lm_head."""
     return name.endswith("rotary_emb.inv_freq") or name in tied_names(model)
 
@@ -111,7 +117,8 @@ def _write_weight(plan: SitePlan, part: str, tensor: Tensor, device: torch.devic
     _write_codes(plan, part, codes, absmax, device)
 
 
-def _complete(parts: dict[str, Tensor]) -> bool:
+def is_complete(parts: dict[str, Tensor]) -> bool:
+    """Whether these are all tensors of a bitsandbytes 4-bit weight; by their names without the linear's path."""
     state = any(k.startswith("weight.quant_state.") for k in parts)
     nested_ok = ("weight.nested_absmax" in parts) == ("weight.nested_quant_map" in parts)
     return (
@@ -126,15 +133,26 @@ def _not_nested(parts: dict[str, Tensor]) -> bool:
     return parts["weight.absmax"].dtype == torch.float32
 
 
-def _write_quantized(plan: SitePlan, part: str, parts: dict[str, Tensor], device: torch.device) -> None:
-    codes = parts.pop("weight").to(device).view(torch.uint8).reshape(-1)
-    state = bnb.QuantState.from_dict({k: v for k, v in parts.items()}, device=device)
+def read_nf4(linear: str, parts: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Absmax, tuple[int, ...]]:
+    """Codes, block constants and [out, in] of a complete bitsandbytes 4-bit weight.
+
+    Raises:
+        BaseModelError: it is no NF4 in blocks of 64.
+    """
+    codes = parts["weight"].to(device).view(torch.uint8).reshape(-1)
+    rest = {key: tensor for key, tensor in parts.items() if key != "weight"}
+    state = bnb.QuantState.from_dict(rest, device=device)
     if state.quant_type != "nf4" or state.blocksize != BLOCK:
         raise BaseModelError(
-            f"{plan.parent}.{part} is {state.quant_type} in blocks of {state.blocksize}; nf4 in blocks of 64 is served."
+            f"{linear} is {state.quant_type} in blocks of {state.blocksize}; nf4 in blocks of 64 is served."
         )
-    _check_shape(plan, part, tuple(state.shape))
-    _write_codes(plan, part, codes, read_absmax(state), device)
+    return codes, read_absmax(state), tuple(state.shape)
+
+
+def _write_quantized(plan: SitePlan, part: str, parts: dict[str, Tensor], device: torch.device) -> None:
+    codes, absmax, shape = read_nf4(f"{plan.parent}.{part}", parts, device)
+    _check_shape(plan, part, shape)
+    _write_codes(plan, part, codes, absmax, device)
 
 
 def _check_shape(plan: SitePlan, part: str, shape: tuple[int, ...]) -> None:

@@ -34,6 +34,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] in the compute dtype -> [..., out_features]."""
+        if x.dim() == 2:  # the lean decoder's
+            return nf4_linear(x, self.nf4, self.bias)
         y = nf4_linear(x.reshape(-1, x.shape[-1]), self.nf4, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 

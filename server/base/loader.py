@@ -27,6 +27,7 @@ from .model import BaseModel
 from .module_table import describe_modules
 from .nf4_cache import NF4Cache
 from .site_plan import SitePlan, describe_sites, install_sites, plan_sites
+from .vocabulary import keep_vocabulary_narrow
 from .weights import ResidentWeights
 
 
@@ -55,7 +56,7 @@ def load_base(
     """
     directory = resolve_source(source)
     checkpoint = BaseCheckpoint(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     check_servable(config)
     quantized = quantization_of(config) is not None
     cache = NF4Cache(cache_dir, checkpoint, compute_dtype) if cache_dir and not quantized else None
@@ -69,8 +70,8 @@ def load_base(
     return build_base(
         config,
         fill,
-        tokenizer=_read_tokenizer(directory),
-        eos_token_ids=_eos_token_ids(directory, config),
+        tokenizer=read_tokenizer(directory),
+        eos_token_ids=read_eos_token_ids(directory, config),
         fingerprint=identify_base(source, name, directory, checkpoint),
         device=device,
         compute_dtype=compute_dtype,
@@ -98,13 +99,14 @@ def build_base(
         BaseModelError: this architecture cannot be served, or its weights do not fit into the device's memory.
     """
     architecture = check_servable(config)
-    model = _empty_model(config, compute_dtype)
+    model = empty_model(config, compute_dtype)
     plans = plan_sites(model)
     module_table = describe_modules(model)
     with explained_out_of_memory(resident_bytes(model, plans, compute_dtype), device):
         fill(model, plans)
     model.tie_weights()  # type: ignore[operator]
     _move_buffers(model, device)
+    keep_vocabulary_narrow(model, device, compute_dtype)
     site_table = SiteTable(install_sites(model, plans, compute_dtype))
     return BaseModel(
         model=model,
@@ -113,7 +115,7 @@ def build_base(
         architecture=architecture,
         site_table=site_table,
         module_table=module_table,
-        weights=ResidentWeights(model, site_table, module_table),
+        weights=ResidentWeights(model, site_table, module_table, compute_dtype),
         device=device,
         compute_dtype=compute_dtype,
         max_context=context_limit(config),
@@ -150,17 +152,22 @@ def outline_base(source: str, directory: Path, *, name: str = "") -> BaseOutline
     Raises:
         BaseModelError: this model could not be served, or its weights are damaged.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     check_servable(config)
     quantization_of(config)
-    model = _empty_model(config, torch.bfloat16)
+    model = empty_model(config, torch.bfloat16)
     site_table = SiteTable(describe_sites(model, plan_sites(model)))
     checkpoint = BaseCheckpoint(directory) if any(directory.glob("*.safetensors")) else None
     fingerprint = identify_base(source, name, directory, checkpoint)
     return BaseOutline(site_table, describe_modules(model), fingerprint, int(config.vocab_size))
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
+def read_config(directory: Path) -> PretrainedConfig:
+    """The config of a model directory.
+
+    Raises:
+        BaseModelError: it is missing, damaged, or of an architecture that transformers does not know.
+    """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
         return config
@@ -171,7 +178,12 @@ def _read_config(directory: Path) -> PretrainedConfig:
         ) from error
 
 
-def _read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory, a fast one.
+
+    Raises:
+        BaseModelError: there is none that transformers can load, or it is a slow one.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
@@ -181,7 +193,8 @@ def _read_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _eos_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
+def read_eos_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
+    """The tokens at which a model ends an answer."""
     eos = config.eos_token_id
     if (directory / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or eos
@@ -189,7 +202,7 @@ def _eos_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The module tree with parameters on the meta device and computed buffers (rotary frequencies) real on the CPU."""
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with torch.device("meta"):

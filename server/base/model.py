@@ -1,6 +1,6 @@
 """A loaded base model: its forward pass, and how LoRA and paged attention get into it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ class BaseModel:
         module_table: what it has beside them: embedding and norms.
         weights: its own weights, for adapters that must be compared or computed with them.
         device: where it lives.
-        compute_dtype: dtype of activations, embeddings, norms and lm_head.
+        compute_dtype: dtype of activations, embeddings, norms and lm_head; of a CPU's vocabulary see `vocabulary`.
         max_context: tokens.
         eos_token_ids: ids that end a request unless it ignores them.
         fingerprint: how adapters may know it: name and hash.
@@ -162,3 +162,47 @@ class BaseModel:
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, **attention)
         logits: Tensor = out.logits
         return logits[0].float()
+
+    def logits_in_pieces(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        pieces: Sequence[Tensor],
+        *,
+        paged: PagedStep,
+        overrides: RowOverrides | None = None,
+    ) -> Iterator[Tensor]:
+        """One forward pass whose logits come piece by piece, so that those of many rows never exist at a time.
+
+        Each piece is computed when it is asked for: LoRA must know the rows of the first one before this is called,
+        and those of another before that is asked for.
+
+        Args:
+            ids, positions, paged, overrides: as of `logits`.
+            pieces: int64 [n] each, at least one: tokens whose logits are wanted.
+
+        Yields:
+            float32 [n, vocab] of each piece, as `logits` gives it.
+        """
+        if self.lean is not None:
+            hidden = self.lean.hidden(ids[0], positions[0], paged, torch.cat(list(pieces)), overrides)
+            for rows in hidden.split([len(piece) for piece in pieces]):
+                yield self.lean.head(rows).float()
+            return
+        decoder: Any = self.model.base_model
+        computed: list[Any] = []
+        handle = decoder.register_forward_hook(lambda module, args, output: computed.append(output))
+        try:
+            first = self.logits(ids, positions, rows=pieces[0], paged=paged, overrides=overrides)
+        finally:
+            handle.remove()
+        yield first
+        # What comes after the decoder is the family's own (a head, and with some more), so its code runs again, on what
+        # the decoder has computed.
+        for piece in pieces[1:]:
+            decoder.forward = lambda *args, **kwargs: computed[0]
+            try:
+                logits = self.logits(ids, positions, rows=piece, paged=paged)
+            finally:
+                del decoder.forward
+            yield logits

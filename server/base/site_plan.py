@@ -99,6 +99,7 @@ def install_sites(model: nn.Module, plans: list[SitePlan], dtype: torch.dtype) -
     for plan in plans:
         assert plan.codes is not None and plan.absmax is not None
         weight = prepare_for_device(NF4Weight(plan.codes, plan.absmax, sum(plan.widths), plan.in_features), dtype)
+        plan.codes = plan.absmax = None  # a CPU has repacked them
         linear: nn.Module = NF4Linear(weight, plan.bias if plan.has_bias else None)
         parent = model.get_submodule(plan.parent)
         if len(plan.parts) > 1:

@@ -38,9 +38,13 @@ class ResidentWeights:
         model: filled, its sites installed and not yet wrapped.
         site_table: of the model.
         module_table: of the model.
+        compute_dtype: in which weights are compared; one may be kept in a narrower type.
     """
 
-    def __init__(self, model: nn.Module, site_table: SiteTable, module_table: ModuleTable) -> None:
+    def __init__(
+        self, model: nn.Module, site_table: SiteTable, module_table: ModuleTable, compute_dtype: torch.dtype
+    ) -> None:
+        self._compute_dtype = compute_dtype
         self._slices: dict[str, _Slice] = {}
         for site in site_table.sites:
             linear = model.get_submodule(site.name)
@@ -93,9 +97,10 @@ class ResidentWeights:
         if own is None or own.shape != tensor.shape:
             return False
         step = max(1, _PIECE // max(1, own[0].numel()))
+        dtype = self._compute_dtype
         with self._on_stream():
             return all(
-                torch.equal(mine, theirs.to(self._device).to(own.dtype))
+                torch.equal(mine.to(dtype), theirs.to(self._device).to(dtype))
                 for mine, theirs in zip(own.split(step), tensor.split(step), strict=True)
             )
 

@@ -205,7 +205,7 @@ class BlockManager:
         chain = _Chain(_digest(request), 0)
         hits: list[int] = []
         if self._prefix_cache:
-            for i in range((request.num_tokens - 1) // self.block_size):
+            for i in range(request.num_reusable_tokens // self.block_size):
                 block = self._by_key.get((chain.parent, self._tokens(request, i)))
                 if block is None:
                     break

@@ -3,9 +3,15 @@
 Pure tensor functions for the sampler. Nothing here waits for the device.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from .largest import largest_columns, largest_values, nucleus_candidates
+from .upload import upload
 
 # Rows are drawn from in two stages: which run of this many tokens, then which token in it.
 _RUN = 256
@@ -23,32 +29,74 @@ def scale(logits: Tensor, inverse_temperature: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).mul_(inverse_temperature.unsqueeze(-1))
 
 
-def nucleus_threshold(descending: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def nucleus_threshold(descending: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | None = None) -> Tensor:
     """The smallest scaled logit that top-k and then top-p (of what top-k leaves) keep: float32 [n].
 
     Args:
         descending: the largest scaled logits of each row in descending order, float32 [n, m], first column 0.
         top_k: int64 [n], 1 to m.
         top_p: float32 [n], in (0, 1].
+        total: float32 [n], weight of what top_p is a share of; None: of the first top_k columns.
     """
     weights = descending.exp()
     mass = weights.cumsum(-1)
-    total = mass.gather(-1, top_k.unsqueeze(-1) - 1)
+    whole = mass.gather(-1, top_k.unsqueeze(-1) - 1) if total is None else total.unsqueeze(-1)
     # A token is kept while the mass before it is short of top_p; the first one always is.
-    in_nucleus = (mass - weights < total * top_p.unsqueeze(-1)) | (top_p.unsqueeze(-1) >= 1.0)
+    in_nucleus = (mass - weights < whole * top_p.unsqueeze(-1)) | (top_p.unsqueeze(-1) >= 1.0)
     kept = in_nucleus & (torch.arange(descending.shape[-1], device=descending.device) < top_k.unsqueeze(-1))
     return descending.gather(-1, kept.sum(-1, keepdim=True).clamp_(min=1) - 1).squeeze(-1)
 
 
-def sort_descending(values: Tensor) -> Tensor:
-    """Each row in descending order.
+def top_k_threshold(scaled: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """The smallest scaled logit that top-k, and then top-p, keep: float32 [n].
 
-    On CPU by NumPy, whose sort is vectorized: 32 rows of 49,152 take 31 ms on one AVX2 core where torch.sort, which
-    also tracks indices, takes 276 ms (2026-11-22, torch 2.13.0, NumPy 2.4.6).
+    Args:
+        scaled: float32 [n, vocab], from `scale`.
+        top_k: of each row, 1 to vocab.
+        top_p: of each row, in (0, 1].
     """
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.neg().numpy(), axis=-1)).neg_()
-    return values.sort(-1, descending=True).values
+    if scaled.is_cpu:
+        descending = _padded([largest_values(row, k) for row, k in zip(scaled.numpy(), top_k, strict=True)])
+    else:
+        descending = scaled.topk(max(top_k), -1).values
+    device = scaled.device
+    return nucleus_threshold(descending, upload(top_k, torch.int64, device), upload(top_p, torch.float32, device))
+
+
+def top_p_threshold(scaled: Tensor, top_p: Sequence[float]) -> Tensor:
+    """The smallest scaled logit that top-p keeps: float32 [n].
+
+    Args:
+        scaled: float32 [n, vocab], from `scale`.
+        top_p: of each row, below 1.
+    """
+    if scaled.is_cpu:
+        weights = scaled.exp()
+        sums = weights.sum(-1, dtype=torch.float64)
+        rows = zip(scaled.numpy(), weights.numpy(), sums.tolist(), top_p, strict=True)
+        descending, total = _padded([nucleus_candidates(*row) for row in rows]), sums.float()
+    else:
+        descending, total = scaled.sort(-1, descending=True).values, None
+    device = scaled.device
+    columns = torch.full(descending.shape[:1], descending.shape[1], dtype=torch.int64, device=device)
+    return nucleus_threshold(descending, columns, upload(top_p, torch.float32, device), total)
+
+
+def likeliest(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in descending order, and their columns: float32 and int64 [n, count]."""
+    if not log_probabilities.is_cpu or not count:
+        values, columns = log_probabilities.topk(count, -1)
+        return values, columns
+    columns = torch.from_numpy(np.stack([largest_columns(row, count) for row in log_probabilities.numpy()]))
+    return log_probabilities.gather(-1, columns), columns
+
+
+def _padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:
+    """The rows, filled up to one length with what has no weight."""
+    padded = np.full((len(rows), max(1, *map(len, rows))), -np.inf, np.float32)
+    for values, row in zip(rows, padded, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(padded)
 
 
 def draw(scaled: Tensor, threshold: Tensor | None, uniform: Tensor) -> Tensor:

@@ -149,9 +149,11 @@ class FairShare:
             self._restart(share)
         self._forget_if_idle(share)
 
-    def charge(self, share: Share, tokens: float) -> None:
-        """It receives service, in weighted tokens."""
-        share.counter += tokens / share.limits.weight
+    def charge(self, adapter_ids: Sequence[str], tokens: float) -> None:
+        """Each of these receives service, in weighted tokens."""
+        for adapter_id in adapter_ids:
+            share = self._shares[adapter_id]
+            share.counter += tokens / share.limits.weight
 
     # The order among those that compete.
 

@@ -155,6 +155,11 @@ class Inbox:
                 if not self._waiting[adapter_id]:
                     del self._waiting[adapter_id]
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether some adapter's tokens are counted now, so that `spend` means something."""
+        return len(self._rates) > 0
+
     def spend(self, generated: Mapping[str, int]) -> None:
         """Count generated tokens, by adapter id, against the adapters' tokens a minute. Step thread.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...adapters.adaptation import Adaptation
 from ...adapters.errors import ServingError
 from .sampling_params import SamplingParams
+from .scored_text import ScoredText
 from .token_counts import TokenCounts
 from .token_rules import TokenRules
 
@@ -28,6 +29,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # a stop string, a stop token or the model's end of sequence
     LENGTH = "length"  # max_tokens or the end of the context
+    SCORED = "scored"  # every token of a given text was scored
 
 
 class Phase(StrEnum):
@@ -40,7 +42,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log probability of one chosen token, and of the likeliest alternatives (natural log, before temperature)."""
+    """The log probability of one chosen or given token, and of the likeliest alternatives (natural, raw logits')."""
 
     token_id: int
     logprob: float
@@ -49,7 +51,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New output. `text` can be empty while bytes of a character or a possible stop string are held back."""
+    """New output. `text` can be empty while bytes of a character or a possible stop string are held back.
+
+    Of a text that is scored it has tokens and their log probabilities, and no text.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -79,7 +84,7 @@ Event = Delta | Finished | Failed
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One generation.
+    """One generation, or one text to score.
 
     Attributes:
         request_id: unique among live requests.
@@ -98,6 +103,7 @@ class Request:
         takes_likeliest: that of `params`, which every token asks for.
         token_counts: what penalties need, kept by the sampler; None until the first token of a request with penalties.
         tokens: what token ids mean, where the adapter brought a tokenizer of its own; None: what they mean to the base.
+        scored: the text to score; nothing is generated then, and `params` mean nothing. None: a generation.
         capture: for the server's own requests (server/proof.py), which the observer does not hear of: receives the
             logits that the first token is sampled from, float32 [vocab] on the CPU; called on the step thread.
     """
@@ -121,6 +127,7 @@ class Request:
     takes_likeliest: bool = field(init=False)
     token_counts: TokenCounts | None = None
     tokens: TokenRules | None = None
+    scored: ScoredText | None = None
     capture: "Callable[[Tensor], None] | None" = None
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -146,6 +153,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt plus output so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Tokens, from the first on, that need not be computed if their KV is there: what follows is for its logits."""
+        return self.num_tokens - 1 if self.scored is None else self.scored.next - 1
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt followed by output."""

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from ...adapters.lora_batch import BASE_SLOT, Expand, LoraBatch
 from ...adapters.row_overrides import RowOverrides
-from ...adapters.staging import StagedValues
 from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
 from .block_tables import BlockTables
 from .graph_capture import CaptureBackend
+from .request import Request, TokenLogprob
 from .scheduler import ScheduledRequest, ScheduledStep
+from .scoring import Piece, Scorer, cut_step
 from .stats import GraphStats
 from .step_graphs import StepGraphs
+from .step_inputs import StepInputs
 
 
 class Runner:
@@ -53,14 +55,13 @@ class Runner:
         self._overrides = RowOverrides(base.model, base.module_table, lora)
         self._cache = cache
         self._expand = expand
+        self._scorer = Scorer()
+        # Memory is planned for the logits of as many rows as may be sampled from, in the compute type and in float32.
+        # While pieces are computed, those in float32 may all be there: what is left is enough for a quarter.
+        self._piece_rows = max(1, max_requests // 4)
         device = base.device
-        self._ids = StagedValues(max_tokens, torch.int64, device)
-        self._positions = StagedValues(max_tokens, torch.int64, device)
-        self._kv_slots = StagedValues(max_tokens, torch.int64, device)
-        self._query_starts = StagedValues(max_requests + 1, torch.int32, device)
-        self._context_lens = StagedValues(max_requests, torch.int32, device)
-        self._rows = StagedValues(max_requests, torch.int64, device)
         self._tables = BlockTables(max_requests, max_blocks, device)
+        self._inputs = StepInputs(max_tokens, max_requests, self._tables, cache.block_size, device)
         self._graphs: StepGraphs | None = None
         if capture is not None:
             self._graphs = StepGraphs(
@@ -100,44 +101,56 @@ class Runner:
         logits = None if self._graphs is None else self._graphs.run(step)
         return self._run_eagerly(step) if logits is None else logits
 
+    def scores(self) -> dict[Request, list[TokenLogprob] | None]:
+        """Of the step that was just run: what its scored rows give; None where logits were not finite."""
+        return self._scorer.take()
+
     def _run_eagerly(self, step: ScheduledStep) -> Tensor:
         self._lora.prepare(*_segments(step.requests), self._expand)
-        ids: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        starts = [0]
-        contexts: list[int] = []
-        rows: list[int] = []
-        size = self._cache.block_size
-        for item in step.requests:
-            request, stop = item.request, item.start + item.num_tokens
-            ids += request.token_ids(item.start, stop)
-            positions += range(item.start, stop)
-            table = request.block_table
-            kv_slots += [table[p // size] * size + p % size for p in range(item.start, stop)]
-            starts.append(len(ids))
-            contexts.append(stop)
-            if item.samples:
-                rows.append(len(ids) - 1)
-        max_context = max(contexts)
+        num_rows = self._inputs.fill(step)
+        given = self._inputs.tensors(step.num_tokens, len(step.requests))
+        max_context = max(item.start + item.num_tokens for item in step.requests)
         paged = PagedStep(
             cache=self._cache,
-            kv_slots=self._kv_slots.fill(kv_slots),
-            query_starts=self._query_starts.fill(starts),
-            context_lens=self._context_lens.fill(contexts),
-            block_tables=self._tables.narrow(len(contexts), -(-max_context // size)),
+            kv_slots=given.kv_slots,
+            query_starts=given.query_starts,
+            context_lens=given.context_lens,
+            block_tables=self._tables.narrow(len(step.requests), -(-max_context // self._cache.block_size)),
             max_query_len=max(item.num_tokens for item in step.requests),
             max_context_len=max_context,
         )
-        logits = self._base.logits(
-            self._ids.fill(ids).unsqueeze(0),
-            self._positions.fill(positions).unsqueeze(0),
-            # No request samples while all are in the middle of their prompts: one row is the least the head takes.
-            rows=self._rows.fill(rows or [0]),
-            paged=paged,
-            overrides=self._overrides if self._overrides.active else None,
-        )[: len(rows)]
+        inputs = given.ids.unsqueeze(0), given.positions.unsqueeze(0)
+        # No request samples while all are in the middle of their prompts: one row is the least the head takes.
+        sampled = given.rows[: max(1, num_rows)]
+        pieces = cut_step(step, self._piece_rows)
+        if pieces:
+            return self._score(step, inputs, sampled, pieces, paged)[:num_rows]
+        overrides = self._overrides if self._overrides.active else None
+        logits = self._base.logits(*inputs, rows=sampled, paged=paged, overrides=overrides)[:num_rows]
         self._overrides.mask_(logits)
+        return logits
+
+    def _score(
+        self,
+        step: ScheduledStep,
+        inputs: tuple[Tensor, Tensor],
+        sampled: Tensor,
+        pieces: Sequence[Piece],
+        paged: PagedStep,
+    ) -> Tensor:
+        """Run a prepared step that scores; the logits of the rows that are sampled from."""
+        self._scorer.begin(pieces)
+        rows = [sampled, *(torch.tensor(piece.rows).to(sampled.device) for piece in pieces)]
+        overrides = self._overrides if self._overrides.active else None
+        computed = self._base.logits_in_pieces(*inputs, rows, paged=paged, overrides=overrides)
+        logits = next(computed)
+        self._overrides.mask_(logits)
+        flat, _ = _segments(step.requests)
+        for piece in pieces:
+            self._lora.prepare(flat, piece.segments, self._expand)  # the head's rows are others now
+            scored = next(computed)
+            self._overrides.mask_(scored)
+            self._scorer.add(piece, scored)
         return logits
 
 

@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distribution import draw, nucleus_threshold, scale, sort_descending
+from .distribution import draw, likeliest, scale, top_k_threshold, top_p_threshold
 from .random_draws import uniform
 from .request import Request, TokenLogprob
 from .token_counts import TokenCounts
+from .upload import upload
 from .winners import Winners
 
 _NOT_FINITE = -1  # in place of a token id, on its way to the host
+_CPU_ROWS = 4  # drawn at a time on a CPU: their weights stay in the cache from one step to the next
 _MOST_INVERSE_TEMPERATURE = 1e38  # float32; below 1e-38 a temperature is zero for every pair of distinct logits
 
 
@@ -67,7 +69,7 @@ class Sampler:
         special = [row for row in other if not requests[row].params.greedy or self._is_edited(requests[row])]
         if special:
             chosen = self._choose(_rows(logits, special), [requests[row] for row in special])
-            tokens.index_copy_(0, _tensor(special, torch.int64, logits.device), chosen)
+            tokens.index_copy_(0, upload(special, torch.int64, logits.device), chosen)
         reporting = [row for row in other if requests[row].params.logprobs is not None]
         if not reporting:
             return self._fetch()
@@ -97,10 +99,10 @@ class Sampler:
         sampled = [row for row, request in enumerate(requests) if not request.params.greedy]
         if len(sampled) == len(requests):
             return _draw(logits, requests)
-        tokens = logits.argmax(-1)
+        tokens = Winners().find(logits)[1]
         if sampled:
             drawn = _draw(_rows(logits, sampled), [requests[row] for row in sampled])
-            tokens.index_copy_(0, _tensor(sampled, torch.int64, logits.device), drawn)
+            tokens.index_copy_(0, upload(sampled, torch.int64, logits.device), drawn)
         return tokens
 
     def _penalize(self, logits: Tensor, requests: Sequence[Request]) -> None:
@@ -112,12 +114,12 @@ class Sampler:
 
         def each(values: Sequence[float]) -> Tensor:
             """A parameter per row, repeated for each token that the row has seen."""
-            return _upload(np.repeat(np.asarray(values, np.float32), sizes), logits.device)
+            return upload(np.repeat(np.asarray(values, np.float32), sizes), torch.float32, logits.device)
 
         params = [requests[row].params for row in rows]
-        where = _upload(np.repeat(np.asarray(rows, np.int64), sizes), logits.device)
-        ids = _upload(np.concatenate([count.ids for count in counts]), logits.device)
-        said = _upload(np.concatenate([count.said for count in counts]).astype(np.float32), logits.device)
+        where = upload(np.repeat(np.asarray(rows, np.int64), sizes), torch.int64, logits.device)
+        ids = upload(np.concatenate([count.ids for count in counts]), torch.int64, logits.device)
+        said = upload(np.concatenate([count.said for count in counts]), torch.float32, logits.device)
         seen = logits[where, ids]
         repetition = each([p.repetition_penalty for p in params])
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
@@ -137,7 +139,7 @@ class Sampler:
         if pairs:
             where, ids = zip(*pairs, strict=True)
             device = logits.device
-            logits[_tensor(where, torch.int64, device), _tensor(ids, torch.int64, device)] = -torch.inf
+            logits[upload(where, torch.int64, device), upload(ids, torch.int64, device)] = -torch.inf
 
     def _ends_of(self, request: Request) -> Collection[int]:
         if request.params.ignore_eos:
@@ -150,8 +152,8 @@ class Sampler:
         wanted = [requests[row].params.logprobs or 0 for row in rows]
         num_top = min(max(wanted), logits.shape[-1])
         raw = _rows(logits, rows).log_softmax(-1)
-        chosen = tokens[_tensor(rows, torch.int64, logits.device)].clamp(min=0)
-        top_logprobs, top_ids = raw.topk(num_top, -1)
+        chosen = tokens[upload(rows, torch.int64, logits.device)].clamp(min=0)
+        top_logprobs, top_ids = likeliest(raw, num_top)
         # One copy to the host: token ids as int32, log probabilities as the bits of float32.
         packed = torch.cat(
             [
@@ -188,52 +190,43 @@ def _update_counts(request: Request) -> TokenCounts:
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Draw from each row's distribution: int64 [n]."""
+    if not logits.is_cpu or len(requests) <= _CPU_ROWS:
+        return _draw_rows(logits, requests)
+    parts = [slice(i, i + _CPU_ROWS) for i in range(0, len(requests), _CPU_ROWS)]
+    return torch.cat([_draw_rows(logits[part], requests[part]) for part in parts])
+
+
+def _draw_rows(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     device, vocab = logits.device, logits.shape[-1]
     params = [request.params for request in requests]
     inverse = [min(1.0 / p.temperature, _MOST_INVERSE_TEMPERATURE) for p in params]
-    scaled = scale(logits, _tensor(inverse, torch.float32, device))
+    scaled = scale(logits, upload(inverse, torch.float32, device))
     # min_p is a share of the largest probability, which is exp(0) here.
-    threshold = _tensor([p.min_p for p in params], torch.float32, device).log_()
+    threshold = upload([p.min_p for p in params], torch.float32, device).log_()
     by_top_k = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
     if by_top_k:
-        top_k = [params[row].top_k for row in by_top_k]
-        largest = _rows(scaled, by_top_k).topk(max(top_k), -1).values
-        _raise(threshold, by_top_k, largest, top_k, [params[row].top_p for row in by_top_k])
+        top_k, top_p = [params[row].top_k for row in by_top_k], [params[row].top_p for row in by_top_k]
+        _raise(threshold, by_top_k, top_k_threshold(_rows(scaled, by_top_k), top_k, top_p))
     by_top_p = [row for row, p in enumerate(params) if not 0 < p.top_k < vocab and p.top_p < 1.0]
     if by_top_p:
-        largest = sort_descending(_rows(scaled, by_top_p))
-        _raise(threshold, by_top_p, largest, [vocab] * len(by_top_p), [params[row].top_p for row in by_top_p])
+        top_p = [params[row].top_p for row in by_top_p]
+        _raise(threshold, by_top_p, top_p_threshold(_rows(scaled, by_top_p), top_p))
     numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
     is_cut = bool(by_top_k or by_top_p or any(p.min_p for p in params))
-    return draw(scaled, threshold if is_cut else None, _tensor(numbers, torch.float64, device))
+    return draw(scaled, threshold if is_cut else None, upload(numbers, torch.float64, device))
 
 
-def _raise(threshold: Tensor, rows: list[int], descending: Tensor, top_k: list[int], top_p: list[float]) -> None:
-    """Raise the thresholds of `rows` to what top-k and top-p ask for."""
-    device = threshold.device
-    at = _tensor(rows, torch.int64, device)
-    nucleus = nucleus_threshold(descending, _tensor(top_k, torch.int64, device), _tensor(top_p, torch.float32, device))
-    threshold[at] = torch.maximum(threshold[at], nucleus)
+def _raise(threshold: Tensor, rows: list[int], least: Tensor) -> None:
+    """Raise the thresholds of `rows` to what another filter keeps at least."""
+    at = upload(rows, torch.int64, threshold.device)
+    threshold[at] = torch.maximum(threshold[at], least)
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     """Some rows: a copy, or the tensor itself when that is all of them."""
     if len(rows) == tensor.shape[0]:
         return tensor
-    return tensor.index_select(0, _tensor(rows, torch.int64, tensor.device))
-
-
-def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(values, dtype=dtype), device)
-
-
-def _upload(array: np.typing.NDArray[np.generic], device: torch.device) -> Tensor:
-    return _to_device(torch.from_numpy(array), device)
-
-
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    # From pageable memory the copy would wait for the device.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return tensor.index_select(0, upload(rows, torch.int64, tensor.device))
 
 
 def _sampled(token: int, logprob: TokenLogprob | None) -> SampledToken | None:

@@ -34,6 +34,7 @@ import itertools
 import operator
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ...adapters.errors import ServingError
 from ..errors import PromptTooLongError
@@ -48,14 +49,17 @@ from .waiting import WaitingLanes
 _by_order = operator.attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """Tokens [start, start + num_tokens) of a request; `samples` when its last known token is among them."""
+class ScheduledRequest(NamedTuple):
+    """Tokens [start, start + num_tokens) of a request.
+
+    `samples` when its last known token is among them; the rows of the last `num_scored` score the tokens after them.
+    """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+    num_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +186,19 @@ class Scheduler:
         # Who was just preempted would be the first to take the blocks again.
         if not plan.preempted:
             self._admit(now, budget, items, plan)
-        plan.step.requests.extend(sorted(items, key=lambda item: (item.request.slot, item.request.order)))
+        items.sort(key=_by_age)  # nearly sorted: stable sorts by one number each take less than one by pairs
+        items.sort(key=_by_slot)
+        plan.step.requests.extend(items)
         return plan
 
     def complete(self, step: ScheduledStep) -> None:
         """Record that the step has run: its KV is in the cache. To be called before sampled tokens are appended."""
+        size = self.blocks.block_size
         for item in step.requests:
-            item.request.num_computed_tokens = item.start + item.num_tokens
-            self.blocks.commit(item.request)
+            request, start = item.request, item.start
+            request.num_computed_tokens = stop = start + item.num_tokens
+            if stop // size > start // size:  # a block is full
+                self.blocks.commit(request)
 
     def remove(self, request: Request) -> None:
         """Take back everything a request that has ended holds. Nothing happens the second time."""
@@ -236,13 +245,15 @@ class Scheduler:
 
     def _decodes(self, plan: Plan) -> list[ScheduledRequest]:
         items: list[ScheduledRequest] = []
+        size = self.blocks.block_size
         position = 0
         while position < len(self.running):
             request = self.running[position]
             position += 1
-            if not _is_decode(request):
+            num_tokens = request.num_tokens
+            if request.num_computed_tokens != num_tokens - 1:
                 continue
-            while not self.blocks.grow(request, request.num_tokens):
+            while len(request.block_table) * size < num_tokens and not self.blocks.grow(request, num_tokens):
                 victim = self.running.pop()  # never one of `items`: those are older
                 self._preempt(victim)
                 plan.preempted.append(victim)
@@ -255,9 +266,11 @@ class Scheduler:
     def _take(self, request: Request, budget: int, items: list[ScheduledRequest]) -> int:
         """Schedule as many of the request's uncomputed tokens as fit, and charge its adapters; returns how many."""
         start = request.num_computed_tokens
-        num_tokens = min(budget, request.num_tokens - start)
-        samples = start + num_tokens == request.num_tokens
-        items.append(ScheduledRequest(request, start, num_tokens, samples))
+        missing, scored = request.num_tokens - start, request.scored
+        num_tokens = min(budget, missing)
+        samples = num_tokens == missing and scored is None
+        num_scored = 0 if scored is None else scored.num_rows(start, start + num_tokens)
+        items.append(ScheduledRequest(request, start, num_tokens, samples, num_scored))
         # The one token that a decode computes was counted when it was generated.
         num_input = 0 if start >= len(request.prompt_token_ids) and num_tokens == 1 else num_tokens
         self._waiting.charge(request, num_input * INPUT_TOKEN + samples * OUTPUT_TOKEN)
@@ -339,6 +352,14 @@ class Scheduler:
             request.num_cached_tokens = num_cached
             plan.admitted.append(request)
         bisect.insort(self.running, request, key=_by_order)
+
+
+def _by_age(item: ScheduledRequest) -> int:
+    return item.request.order
+
+
+def _by_slot(item: ScheduledRequest) -> int:
+    return item.request.slot
 
 
 def _is_decode(request: Request) -> bool:

@@ -27,14 +27,14 @@ from tqdm import tqdm
 from ...adapters.decode_lora import DecodeLora
 from ...adapters.lora_batch import Expand, LoraBatch
 from ...adapters.lora_shape import NO_LORA, RANK_BUCKETS, LoraShape
-from ..base.attention import KVCache
+from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
 from .block_tables import BlockTables
-from .decode_inputs import DecodeInputs
 from .device_memory import free_bytes
 from .graph_capture import CaptureBackend
 from .scheduler import ScheduledStep
 from .stats import GraphStats
+from .step_inputs import StepInputs
 
 # Larger steps are the device's own work, not its launches.
 MAX_GRAPH_ROWS: Final = 512
@@ -105,7 +105,10 @@ class StepGraphs:
         # Bucket of a step of n rows.
         self._size_of = [next(size for size in self._sizes if size >= rows) for rows in range(largest + 1)]
         self._lora = DecodeLora(lora, largest)
-        self._inputs = DecodeInputs(largest, tables, cache, max_context, base.device)
+        self._cache = cache
+        self._tables = tables
+        self._max_context = max_context
+        self._inputs = StepInputs(largest, largest, tables, cache.block_size, base.device)
         vocab = base.site_table.sites[-1].out_features
         self._logits = torch.empty((largest, vocab), dtype=torch.float32, device=base.device)
         self._replays: OrderedDict[_Key, Callable[[], None]] = OrderedDict()  # least recently used first
@@ -147,7 +150,7 @@ class StepGraphs:
         key = self._find(_Key(self._size_of[len(items)], shape))
         if key is None:
             return None
-        self._inputs.fill(step)
+        self._inputs.fill(step, key.num_rows, key.num_rows)
         self._lora.stage(key.shape, runs, key.num_rows)
         self._replays[key]()
         self.stats.num_replays += 1
@@ -181,7 +184,7 @@ class StepGraphs:
         while len(self._replays) >= MAX_GRAPHS:
             self._replays.popitem(last=False)
         # A capture runs the step before it records it: of padding alone it writes to nobody's KV.
-        self._inputs.blank()
+        self._inputs.fill(ScheduledStep([]), key.num_rows, key.num_rows)
         self._lora.blank(key.shape, key.num_rows)
         try:
             self._replays[key] = self._backend.capture(lambda: self._compute(key))
@@ -205,7 +208,16 @@ class StepGraphs:
 
     def _compute(self, key: _Key) -> None:
         """The step that is captured; everything here that is no tensor stays as it is now."""
-        ids, positions, paged = self._inputs.tensors(key.num_rows)
+        given = self._inputs.tensors(key.num_rows, key.num_rows)
+        paged = PagedStep(
+            cache=self._cache,
+            kv_slots=given.kv_slots,
+            query_starts=given.query_starts,
+            context_lens=given.context_lens,
+            block_tables=self._tables.rows(key.num_rows),
+            max_query_len=1,
+            max_context_len=self._max_context,
+        )
         self._lora.assume(key.shape, key.num_rows)
-        logits = self._base.logits(ids.unsqueeze(0), positions.unsqueeze(0), paged=paged)
+        logits = self._base.logits(given.ids.unsqueeze(0), given.positions.unsqueeze(0), paged=paged)
         self._logits[: key.num_rows].copy_(logits)

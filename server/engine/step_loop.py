@@ -27,7 +27,7 @@ from .errors import DeviceMemoryError, NonFiniteLogitsError
 from .inbox import Inbox
 from .outbox import Outbox
 from .output import Output, TextStreamFactory
-from .request import Failed, Finished, Phase, Request
+from .request import Delta, Failed, Finished, FinishReason, Phase, Request, TokenLogprob
 from .sampler import SampledToken, Sampler
 from .scheduler import Plan, ScheduledStep, Scheduler
 from .stats import EngineObserver, EngineState, EngineStats, SilentObserver
@@ -44,6 +44,10 @@ class ModelRunner(Protocol):
 
     def forward(self, step: ScheduledStep) -> Tensor:
         """Logits of every request of the step that samples, in step order: float32 [n, vocab]."""
+        ...
+
+    def scores(self) -> dict[Request, list[TokenLogprob] | None]:
+        """Of the step that was just run: what its scored rows give; None where logits were not finite."""
         ...
 
 
@@ -167,10 +171,14 @@ class StepLoop:
         started = self._clock()
         sampling = [item.request for item in step.requests if item.samples]
         sampled: list[SampledToken | None] | None = None
+        scores: dict[Request, list[TokenLogprob] | None] = {}
         try:
             sampled = self._forward(step, sampling)
+            if any(item.num_scored for item in step.requests):
+                scores = self._runner.scores()
         except torch.OutOfMemoryError as error:
             log.error("out_of_device_memory", num_tokens=step.num_tokens, exc_info=error)
+            sampled = None
         if sampled is None:
             # Not in the handler: what the error's traceback holds is the memory that was missing.
             self._shed(step)
@@ -178,14 +186,20 @@ class StepLoop:
         self._scheduler.complete(step)
         now = self._clock()
         self._num_steps += 1
-        adaptations = {item.request.adapter for item in step.requests if item.request.adapter is not None}
-        num_adapters = len({version for adaptation in adaptations for version in adaptation.versions})
+        adaptations = {item.request.slot: item.request.adapter for item in step.requests}
+        num_adapters = len({version for each in adaptations.values() if each is not None for version in each.versions})
         self._observer.on_step(now - started, step.num_tokens, len(step.requests), num_adapters)
-        self._inbox.spend(Counter(i for request in sampling if request.capture is None for i in request.adapter_ids))
+        if self._inbox.has_rates:
+            self._inbox.spend(
+                Counter(i for request in sampling if request.capture is None for i in request.adapter_ids)
+            )
         if self._is_device_waiting:
             self._outbox.hold()
         for request, token in zip(sampling, sampled, strict=True):
             self._deliver(request, token, now)
+        for item in step.requests:
+            if item.request.scored is not None:
+                self._deliver_scores(item.request, scores.get(item.request, []))
 
     def _forward(self, step: ScheduledStep, sampling: Sequence[Request]) -> list[SampledToken | None]:
         logits = self._runner.forward(step)
@@ -231,6 +245,20 @@ class StepLoop:
             self._fail(request, _undelivered())
         elif finished is not None:
             self._end(request, finished)
+
+    def _deliver_scores(self, request: Request, scores: list[TokenLogprob] | None) -> None:
+        """Deliver what a step gives of a text; nothing, while what comes before the first token is computed."""
+        assert request.scored is not None
+        if scores is None:
+            self._fail(request, NonFiniteLogitsError("The model's output for this text was not a finite number."))
+            return
+        delta = Delta("", tuple(score.token_id for score in scores), tuple(scores))
+        request.scored.next += len(scores)
+        if scores and not self._outbox.put(request, delta):
+            self._fail(request, _undelivered())
+        elif request.num_computed_tokens == request.num_tokens:
+            prompt_tokens, cached_tokens = len(request.prompt_token_ids), request.num_cached_tokens
+            self._end(request, Finished(FinishReason.SCORED, prompt_tokens, cached_tokens, 0))
 
     def _fail(self, request: Request, error: ServingError) -> None:
         """End a request with an error, unless it has ended."""

@@ -133,8 +133,7 @@ class WaitingLanes:
 
     def charge(self, request: Request, tokens: float) -> None:
         """A running request receives service, in weighted tokens: all of its adapters do."""
-        for adapter_id in request.adapter_ids:
-            self._shares.charge(self._shares[adapter_id], tokens)
+        self._shares.charge(request.adapter_ids, tokens)
 
     def refresh_limits(self) -> None:
         """Weights and caps have changed."""
@@ -353,14 +352,17 @@ class WaitingLanes:
 
     def _rotate(self) -> list[ByAge]:
         """A quarter of the tries for the oldest, a quarter for the others in turn; half is left to untried lanes."""
-        share = self._max_tries // 4
-        oldest, others = self._index.parked[:share], self._index.parked[share:]
-        start = bisect.bisect_right(others, self._rotated_to, key=head_order)
-        turn = (others[start:] + others[:start])[:share]
-        if turn:
-            self._rotated_to = turn[-1][0]
-        self._recheck = max(0, min(self._recheck, len(others)) - len(turn))
-        return oldest + turn
+        share, parked = self._max_tries // 4, self._index.parked
+        if len(parked) <= share:
+            self._recheck = 0
+            return parked[:share]
+        num_others = len(parked) - share
+        start = bisect.bisect_right(parked, self._rotated_to, lo=share, key=head_order)
+        turn = parked[start : start + share]
+        turn += parked[share : share + min(share, num_others) - len(turn)]
+        self._rotated_to = turn[-1][0]
+        self._recheck = max(0, min(self._recheck, num_others) - len(turn))
+        return parked[:share] + turn
 
 
 def _counter(share: Share) -> float:

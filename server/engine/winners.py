@@ -29,7 +29,14 @@ class Winners:
             self._allocate(max(2 * count, 64), logits.device)
         tokens = self._words[:count]
         best = self._words[count : 2 * count].view(torch.float32)[:count]
-        torch.max(logits, -1, out=(best, tokens))
+        if logits.is_cpu:
+            rows, columns = logits.numpy(), tokens.numpy()
+            # `torch.max` with indices is scalar code on a CPU: 32 rows of 49,152 take it 4.5 ms, this 0.15 ms (one core
+            # of an AMD EPYC, Zen 3, torch 2.13.0, NumPy 2.4.6; 2026-11-23).
+            np.argmax(rows, axis=-1, out=columns)
+            best.numpy()[:] = rows[np.arange(count), columns]
+        else:
+            torch.max(logits, -1, out=(best, tokens))
         return best, tokens
 
     def fetch(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -121,7 +121,7 @@ def launches(monkeypatch):
         (layers.lora, "lora_shrink"),
         (layers.lora, "lora_expand_"),
         (layers.lora, "lora_affine_"),
-        (layers.lora_cpu, "lora_add_"),
+        (layers.LoraSite, "add_"),
     ):
         original = getattr(module, name)
         monkeypatch.setattr(
@@ -224,7 +224,7 @@ def test_site_that_no_adapter_of_the_batch_adapts_launches_nothing(world, launch
     world.linears[0](torch.randn(3, K))
     assert launches == []
     world.linears[1](torch.randn(3, 6))
-    assert launches == ["lora_add_"]
+    assert launches == ["add_"]
     launches.clear()
     world.batch.flat_rows = None
     world.linears[0](torch.randn(3, K))
@@ -238,7 +238,7 @@ def test_affine_is_launched_where_one_is(world, launches):
     world.linears[0](torch.randn(3, K))
     assert launches == []
     world.linears[1](torch.randn(3, 6))
-    assert launches == ["lora_affine_", "lora_add_"]
+    assert launches == ["lora_affine_", "add_"]
 
 
 def test_one_pass_is_two_launches_affine_included(world, launches):

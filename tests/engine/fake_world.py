@@ -20,10 +20,12 @@ from lorikeet.server.engine.block_manager import BlockManager
 from lorikeet.server.engine.detokenizer import Detokenizer
 from lorikeet.server.engine.engine import Engine
 from lorikeet.server.engine.limits import AdapterLimits
-from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
+from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request, TokenLogprob
 from lorikeet.server.engine.sampler import Sampler
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.engine.scheduler import ScheduledStep, Scheduler
+from lorikeet.server.engine.scored_text import ScoredText
+from lorikeet.server.engine.scoring import Scorer, cut_step
 from lorikeet.server.engine.stop_strings import StopStrings
 
 from .fake_adapters import Applied, FakeAdapters, applied
@@ -59,6 +61,17 @@ def expected_tokens(adapter: Adaptation | None, prompt: list[int], num_tokens: i
         tokens.append(output[-1])
 
 
+def expected_scores(adapter: Adaptation | None, tokens: list[int]) -> list[float]:
+    """Log probabilities of every token but the first."""
+    entries: list[int] = []
+    scores: list[float] = []
+    for position, token in enumerate(tokens):
+        if entries:
+            scores.append(torch.tensor(_logits(entries)).log_softmax(-1)[token].item())
+        entries.append(_entry(applied(adapter), token, position, entries))
+    return scores
+
+
 class FakeRunner:
     """A ModelRunner over the fake KV cache."""
 
@@ -67,6 +80,7 @@ class FakeRunner:
         self.error: BaseException | None = None  # raised once by the next forward
         self.oom_above: int | None = None  # tokens in a step
         self.nan_for: Request | None = None
+        self._scorer = Scorer()
         self._adapters = adapters
         self._size = block_size
         self._kv = [0] * (num_blocks * block_size)
@@ -78,6 +92,7 @@ class FakeRunner:
         self._check(step)
         rows = []
         written: set[int] = set()
+        flat: list[list[float]] = []  # logits of every row
         for item in step.requests:
             request = item.request
             applied = self._applied(request.slot)
@@ -91,14 +106,22 @@ class FakeRunner:
                 assert places[position] not in written, "two tokens of a step in one place"
                 written.add(places[position])
                 self._kv[places[position]] = _entry(applied, token, position, before)
+                row = _logits([self._kv[place] for place in places[: position + 1]])
+                flat.append([float("nan")] * VOCAB if request is self.nan_for else row)
             if item.samples:
-                row = _logits([self._kv[place] for place in places])
-                rows.append([float("nan")] * VOCAB if request is self.nan_for else row)
+                rows.append(flat[-1])
+        pieces = cut_step(step, 3)
+        self._scorer.begin(pieces)
+        for piece in pieces:
+            self._scorer.add(piece, torch.tensor([flat[row] for row in piece.rows]))
         # Like a real runner's, a step that does not fit may have written some of its KV already.
         if self.oom_above is not None and step.num_tokens > self.oom_above:
             raise torch.OutOfMemoryError("fake")
         self.steps.append(step)
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), VOCAB)
+
+    def scores(self) -> dict[Request, list[TokenLogprob] | None]:
+        return self._scorer.take()
 
     def _applied(self, slot: int) -> Applied:
         """What is in the device slots that a batch slot stands for, right now."""
@@ -116,7 +139,9 @@ class FakeRunner:
         for item in step.requests:
             request = item.request
             assert item.num_tokens > 0
-            assert item.samples == (item.start + item.num_tokens == request.num_tokens)
+            is_last = item.start + item.num_tokens == request.num_tokens
+            assert item.samples == (is_last and request.scored is None)
+            assert 0 <= item.num_scored <= (0 if request.scored is None else item.num_tokens)
             for version in request.adapter.versions if request.adapter is not None else ():
                 assert self._adapters.active[version] > 0
 
@@ -262,12 +287,12 @@ class World:
         params: SamplingParams = GREEDY,
         adapter: Adaptation | None = None,
         deadline: float | None = None,
+        scored: ScoredText | None = None,
     ) -> Client:
         """A request that is not submitted yet; its version is pinned."""
         events: list[Event] = []
-        request = Request(
-            f"r{len(self.clients)}", prompt, params, adapter, events.append, deadline, arrival=self.clock()
-        )
+        name, arrival = f"r{len(self.clients)}", self.clock()
+        request = Request(name, prompt, params, adapter, events.append, deadline, arrival=arrival, scored=scored)
         client = Client(request, events)
         self.clients.append(client)
         self.adapters.pin(adapter)
@@ -281,6 +306,11 @@ class World:
         deadline: float | None = None,
     ) -> Client:
         client = self.client(prompt, params, adapter, deadline)
+        self.engine.submit(client.request)
+        return client
+
+    def score(self, text: ScoredText, adapter: Adaptation | None = None, deadline: float | None = None) -> Client:
+        client = self.client(text.prompt_token_ids, SamplingParams(), adapter, deadline, text)
         self.engine.submit(client.request)
         return client
 

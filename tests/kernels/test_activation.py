@@ -9,6 +9,9 @@ from lorikeet.kernels import activation
 from lorikeet.kernels.activation import silu_and_mul_reference
 from torch import Tensor
 
+from .native_libraries import every_library, two_threads, use_library
+
+__all__ = ["two_threads"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Relative: exp differs in its last bits, the more the larger its argument, so at 16 bit a value may be rounded to its
@@ -43,10 +46,25 @@ def assert_activates(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 class TestCpu:
-    @every_shape
+    @every_library
     @every_dtype
-    def test_equals_reference(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        assert_activates(activation.silu_and_mul, make(shape, dtype))
+    def test_equals_reference(self, library: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        names = {"_activate": activation._ACTIVATE, "_activate_briefly": activation._ACTIVATE}
+        use_library(monkeypatch, library, activation, names)
+        for shape in (*SHAPES, (100, 1537, 0)):
+            assert_activates(activation.silu_and_mul, make(shape, dtype))
+
+    def test_what_is_not_finite_stays_so(self) -> None:
+        x = torch.tensor([torch.nan, torch.inf, -torch.inf, 88.0, -88.0, -1e30, 0.0, -0.0, 1e30]).repeat(2, 3)
+        want = torch.nn.functional.silu(x)
+        got = activation.silu_and_mul(torch.cat((x, torch.ones_like(x)), dim=1))
+        torch.testing.assert_close(got, want, atol=0, rtol=1e-6, equal_nan=True)
+
+    def test_threads_change_nothing(self, two_threads: None) -> None:
+        x = make((300, 1536, 0), FP32)
+        got = activation.silu_and_mul(x)
+        torch.set_num_threads(1)
+        assert torch.equal(activation.silu_and_mul(x), got)
 
     def test_opcheck_and_the_dispatched_call(self) -> None:
         x = make((5, 48, 3), FP32)

@@ -10,6 +10,9 @@ from lorikeet.kernels import norm
 from lorikeet.kernels.norm import rms_norm_reference
 from torch import Tensor
 
+from .native_libraries import every_library, two_threads, use_library
+
+__all__ = ["two_threads"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Relative: the order of additions changes the mean's last bits, so at 16 bit a value may be rounded to its neighbour
@@ -85,15 +88,20 @@ def assert_adds_and_norms(run: RmsNorm, shape: Shape, dtype: torch.dtype, device
 
 
 class TestCpu:
-    @every_shape
+    @every_library
     @every_dtype
-    def test_norm_equals_reference(self, shape: Shape, dtype: torch.dtype) -> None:
-        assert_norms(norm.rms_norm, shape, dtype)
+    def test_both_equal_reference(self, library: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        use_library(monkeypatch, library, norm, {"_norm": norm._NORM})
+        for shape in (*SHAPES, Shape(100, 577)):
+            assert_norms(norm.rms_norm, shape, dtype)
+            assert_adds_and_norms(norm.add_rms_norm_, shape, dtype)
 
-    @every_shape
-    @every_dtype
-    def test_add_and_norm_equals_reference(self, shape: Shape, dtype: torch.dtype) -> None:
-        assert_adds_and_norms(norm.add_rms_norm_, shape, dtype)
+    def test_neither_threads_nor_other_rows_change_a_row(self, two_threads: None) -> None:
+        x, residual, weight, rows = make(Shape(200, 580), FP32)
+        got = norm.rms_norm(x, weight, EPS, residual)
+        torch.set_num_threads(1)
+        assert torch.equal(norm.rms_norm(x, weight, EPS, residual), got)
+        assert torch.equal(norm.rms_norm(x, weight, EPS, residual, rows[:3]), got[rows[:3]])
 
 
 class TestOperators:

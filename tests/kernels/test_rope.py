@@ -11,6 +11,9 @@ from lorikeet.kernels.attention_reference import kv_write_reference_
 from lorikeet.kernels.rope import rope_reference, rotation_table
 from torch import Tensor
 
+from .native_libraries import every_library, two_threads, use_library
+
+__all__ = ["two_threads"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # (atol, rtol) against the fp32 rotation of the same values. 16 bit: the CPU path rounds a product, then the sum; with
@@ -131,10 +134,24 @@ class TestTable:
 
 
 class TestCpu:
-    @every_case
+    @every_library
     @dtypes(FP32, FP16, BF16)
-    def test_equals_reference(self, case: Case, dtype: torch.dtype) -> None:
-        assert_rotates_and_writes(rope.rope_kv_write_, case, dtype)
+    def test_equals_reference(self, library: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        use_library(monkeypatch, library, rope, {"_rotate": rope._ROTATE})
+        for case in CASES:
+            assert_rotates_and_writes(rope.rope_kv_write_, case, dtype)
+
+    @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+    def test_threads_change_nothing(self, norm: bool, two_threads: None) -> None:
+        slots = tuple(torch.randperm(400)[:130].tolist())
+        call = make(Case("many", slots, 9, 3, 64, norm), BF16, num_blocks=100)
+        before = call.qkv.clone()
+        rope.rope_kv_write_(*call.args())
+        queries, keys = call.heads()[:, :9].clone(), call.k_cache.clone()
+        torch.set_num_threads(1)
+        call.qkv.copy_(before)
+        rope.rope_kv_write_(*call.args())
+        assert torch.equal(call.heads()[:, :9], queries) and torch.equal(call.k_cache, keys)
 
 
 class TestOperators:

@@ -93,6 +93,8 @@ def test_every_rpc_has_a_method_that_says_who_calls(recorder, name):
     with LorikeetClient(recorder.address, timeout_s=10, client_name=name) as client:
         client.generate(prompt="x")
         list(client.stream(prompt="x"))
+        client.score(text="xy")
+        client.tokenize("x")
         client.is_serving()
         client.load_adapter("a")
         client.unload_adapter("a")

@@ -72,6 +72,53 @@ async def test_bridge_loses_and_reorders_nothing():
     thread.join()
 
 
+async def test_whole_output_is_one_delta():
+    stream = EventStream()
+    reader = asyncio.ensure_future(stream.whole())
+    await asyncio.sleep(0)
+    stream.push(Delta("a", (1,)))
+    await asyncio.sleep(0)
+    stream.push(Delta("b", (2,)))
+    stream.push(END)
+    assert await reader == (Delta("ab", (1, 2)), END)
+
+
+async def test_whole_output_of_a_failure_is_its_error():
+    stream = EventStream()
+    stream.push(Delta("a", (1,)))
+    stream.push(Failed(DeadlineError("too late")))
+    with pytest.raises(DeadlineError, match="too late"):
+        await stream.whole()
+
+
+async def test_tokens_are_joined_while_the_loop_has_had_its_share_and_first_ones_do_not_wait():
+    loop = asyncio.get_running_loop()
+    # Any time spent is too much: each pause is as long as may be.
+    bridge = EventBridge(loop, share=1e-9, max_pause_s=0.2)
+    early, late = EventStream(), EventStream()
+    emit_early, emit_late = bridge.deliver_to(early), bridge.deliver_to(late)
+    seen: list[tuple[str, object, float]] = []
+
+    async def read(name, stream):
+        async for event in stream:
+            seen.append((name, event, loop.time()))
+
+    readers = [asyncio.ensure_future(read("early", early)), asyncio.ensure_future(read("late", late))]
+    emit_early(Delta("a", (1,)))
+    await asyncio.sleep(0.02)
+    emit_early(Delta("b", (2,)))
+    await asyncio.sleep(0.02)
+    emit_early(Delta("c", (3,)))
+    emit_late(Delta("x", (9,)))
+    await asyncio.sleep(0.02)
+    emit_early(END)
+    emit_late(END)
+    await asyncio.gather(*readers)
+    assert [event for name, event, _ in seen if name == "early"] == [Delta("a", (1,)), Delta("bc", (2, 3)), END]
+    assert [event for name, event, _ in seen if name == "late"] == [Delta("x", (9,)), END]
+    assert [name for name, _, _ in seen[:2]] == ["early", "late"]  # before what was emitted earlier and waits
+
+
 async def test_summary_tells_counts_and_never_text():
     stream = EventStream()
     assert stream.summary(0.0) == {"output_tokens": 0}

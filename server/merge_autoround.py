@@ -1,0 +1,205 @@
+"""Quantizes a merged 16-bit model with auto-round, in a process of its own, whose main module is this one.
+
+A process, because auto-round holds the model and its activations in memory, logs to standard output, ends the process
+where it finds an error, and can be stopped in no other way. Its arguments are a JSON object on standard input.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.merge.errors import MergeError
+from ..adapters.merge.progress import CancelCheck, Progress
+from ..adapters.merge.targets import Target
+from .base.loader import read_tokenizer
+from .errors import ConfigError
+
+# Tokens of a calibration sample, and how many samples are used. Fewer than the fewest say too little about a layer.
+SAMPLE_TOKENS: Final = 128
+FEWEST_SAMPLES: Final = 16
+MOST_SAMPLES: Final = 128
+_BATCH: Final = 8
+_POLL_S: Final = 0.2
+_LOG_LINES: Final = 3
+# auto-round's name of a layout, and whether its 4-bit values are symmetric, as the readers of that layout expect.
+_FORMATS: Final = {
+    Target.AUTOROUND: ("auto_round", True),
+    Target.AWQ: ("auto_awq", False),
+    Target.GPTQ: ("auto_gptq", True),
+}
+# What it writes when a block of layers is done (0.16.1, `orchestrator.py`).
+_BLOCK_DONE: Final = "layers in the block"
+# Weights that share a scale; the layouts need rows that divide into groups, and NF4 has seen to blocks of 64.
+_GROUPS: Final = (128, 64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Text that a quantization is measured on.
+
+    Attributes:
+        tokens: int64 [samples, SAMPLE_TOKENS].
+    """
+
+    tokens: Tensor
+
+
+def require_autoround(to: Target, calibration: Path | None) -> None:
+    """Raise ConfigError unless auto-round is installed and there is a text to calibrate with."""
+    if importlib.util.find_spec("auto_round") is None:
+        raise ConfigError(
+            f"--to {to} needs the Python package auto-round, which is not installed. Install it with `pip install "
+            "'lorikeet-server[merge]'`."
+        )
+    if calibration is None:
+        raise ConfigError(
+            f"--to {to} needs text to calibrate with: give a file of it with --calibration, best of the kind that the "
+            "adapter was trained on."
+        )
+
+
+def calibrate(model: Path, file: Path) -> Calibration:
+    """Read a calibration text.
+
+    Args:
+        model: directory whose tokenizer reads it.
+        file: UTF-8 text.
+
+    Raises:
+        ConfigError: it cannot be read, or is too short.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--calibration names {file}, which is not UTF-8 text.") from None
+    except OSError as error:
+        raise ConfigError(f"--calibration names {file}, which cannot be read: {error.strerror}.") from error
+    ids = read_tokenizer(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // SAMPLE_TOKENS
+    if count < FEWEST_SAMPLES:
+        raise ConfigError(
+            f"The calibration text {file} is too short: it has {len(ids)} tokens, and at least "
+            f"{FEWEST_SAMPLES * SAMPLE_TOKENS} are needed."
+        )
+    samples = torch.tensor(ids[: count * SAMPLE_TOKENS]).view(count, SAMPLE_TOKENS)
+    # From everywhere in the text.
+    chosen = torch.linspace(0, count - 1, min(count, MOST_SAMPLES)).long()
+    return Calibration(samples[chosen])
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    to: Target,
+    calibration: Calibration,
+    *,
+    iterations: int,
+    blocks: int,
+    progress: Progress,
+    check: CancelCheck,
+) -> None:
+    """Quantize a model directory.
+
+    Args:
+        source: 16-bit.
+        out: where the result goes; made here, and may be partly written when this raises.
+        to: one of CALIBRATED.
+        calibration: text.
+        iterations: for each block.
+        blocks: decoder layers, for the progress.
+        progress: told of blocks.
+        check: asked several times a second.
+
+    Raises:
+        MergeError: auto-round failed; with the last lines that it wrote.
+        MergeCancelledError: it was stopped.
+    """
+    out.mkdir()
+    message = {
+        "source": str(source),
+        "out": str(out),
+        "to": to.value,
+        "iterations": iterations,
+        "tokens": calibration.tokens.tolist(),
+    }
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(message).encode())
+        given.seek(0)
+        process = subprocess.Popen(  # noqa: S603  # this interpreter and a module of ours
+            [sys.executable, "-P", "-m", __name__], stdin=given, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            done = -1
+            while process.returncode is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+                check()
+                found = _read_log(log).count(_BLOCK_DONE)
+                if found != done:
+                    done = found
+                    progress(f"Quantizing ({to})", done, blocks)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            lines = [line for line in _read_log(log).splitlines() if line.strip()]
+            said = " ".join(lines[-_LOG_LINES:])
+            raise MergeError(f"auto-round could not quantize the merged model. It said: {said}")
+    _flatten(out)
+
+
+def _flatten(out: Path) -> None:
+    """Put what auto-round wrote into a directory that it named into the one that it was given."""
+    for made in [path for path in out.iterdir() if path.is_dir()]:
+        for path in made.iterdir():
+            path.rename(out / path.name)
+        made.rmdir()
+
+
+def _read_log(log: Any) -> str:
+    """Everything that the process has written so far; the file's position, which is the process's, stays."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), size, 0).decode(errors="replace")
+
+
+def main() -> None:
+    """The process's part."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given = json.load(sys.stdin)
+    layout, symmetric = _FORMATS[Target(given["to"])]
+    model = AutoModelForCausalLM.from_pretrained(given["source"], dtype=torch.bfloat16, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(given["source"], local_files_only=True)
+    samples = [torch.tensor([sample]) for sample in given["tokens"]]
+    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    quantizer = AutoRound(
+        model,
+        tokenizer,
+        scheme="W4A16",
+        group_size=next(group for group in _GROUPS if not any(linear.in_features % group for linear in linears)),
+        sym=symmetric,
+        dataset=samples,
+        iters=given["iterations"],
+        seqlen=SAMPLE_TOKENS,
+        nsamples=len(samples),
+        batch_size=min(_BATCH, len(samples)),
+        enable_torch_compile=False,  # takes longer than it saves at few iterations
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
+        seed=0,
+    )
+    quantizer.quantize_and_save(given["out"], format=layout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Verified, or not written: compares a merged model with the unmerged adapters before it gets its name."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..adapters.merge.errors import MergeLossError
+from ..adapters.merge.loss_rule import refuse_after, refuse_before
+from ..adapters.merge.targets import CALIBRATED, Target
+from .config import ServerConfig
+from .errors import ConfigError
+from .evaluation.comparison import compare_models
+from .evaluation.report import ComparisonReport
+from .merge_plan import MergePlan
+
+REPORT_FILE: Final = "merge_report.json"
+# What transformers needs to load what auto-round wrote in another layout than its own.
+_READER: Final = {Target.AWQ: "gptqmodel", Target.GPTQ: "gptqmodel"}
+
+
+class MergeVerifier:
+    """The `Verify` of a merge: measures, writes the report, and refuses what lost too much.
+
+    Args:
+        plan: the merge.
+        config: what `lorikeet serve` would be started with for the base.
+        texts: held-out, each on its own.
+        accept_loss: write the model whatever it lost.
+        progress: show bars on standard error.
+
+    Attributes:
+        report: what was measured, once it was called.
+    """
+
+    def __init__(
+        self, plan: MergePlan, config: ServerConfig, texts: Sequence[str], *, accept_loss: bool, progress: bool
+    ) -> None:
+        self.report: ComparisonReport | None = None
+        self._plan = plan
+        self._config = config
+        self._texts = texts
+        self._accept_loss = accept_loss
+        self._progress = progress
+
+    def __call__(self, directory: Path) -> Sequence[str]:
+        """Measure a complete model.
+
+        Returns:
+            Markdown for its card.
+
+        Raises:
+            MergeLossError: it lost too much, and that is not accepted.
+            EvaluationError: the text is too short, or the model cannot be loaded.
+        """
+        members = [
+            (path, member.weight) for path, member in zip(self._plan.request.adapters, self._plan.members, strict=True)
+        ]
+        report = compare_models(self._config, members, directory, self._texts, progress=self._progress)
+        self.report = report
+        to = self._plan.request.to
+        ways = (report.base, report.unmerged, report.merged)
+        reason = refuse_after(*(way.perplexity.value for way in ways)) or refuse_before(to)
+        if reason is not None and not self._accept_loss:
+            raise MergeLossError(
+                f"{reason}. Nothing was written; to write it all the same, give --accept-loss.\n\n{report.table()}"
+            )
+        written = json.dumps(describe(self._plan, report, reason), indent=2)
+        (directory / REPORT_FILE).write_text(written + "\n", encoding="utf-8")
+        accepted = [] if reason is None else ["", f"The loss was accepted: {reason}."]
+        return [
+            f"Compared on held-out text of {report.merged.perplexity.tokens} tokens, computed in "
+            f"{report.compute_dtype} on {report.device}; KL divergences from the unmerged adapter, in nats:",
+            "",
+            "```text",
+            report.table(),
+            "```",
+            *accepted,
+        ]
+
+
+def describe(plan: MergePlan, report: ComparisonReport, accepted: str | None) -> dict[str, Any]:
+    """The report as plain dicts.
+
+    Args:
+        plan: what was merged.
+        report: what was measured.
+        accepted: why it would have been refused, if that was accepted.
+    """
+    return {
+        "base": plan.base.fingerprint.name if plan.base.fingerprint.certain else "",
+        "base_sha256": plan.base.fingerprint.sha256,
+        "adapters": [
+            {"id": member.version.adapter_id, "version": member.version.digest, "weight": member.weight}
+            for member in plan.members
+        ],
+        "onto": plan.onto.onto.value,
+        "onto_reason": plan.onto.reason,
+        "to": plan.request.to.value,
+        "accepted_loss": accepted,
+        "comparison": report.to_json(),
+    }
+
+
+def require_reader(to: Target) -> None:
+    """Raise ConfigError unless what is written as `to` could be loaded here, to be compared."""
+    package = _READER.get(to, "auto_round" if to in CALIBRATED else "bitsandbytes")
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"To compare a model written as {to}, transformers needs the Python package {package}, which is not "
+            f"installed. Install it with `pip install {package}`, or write the model without a comparison "
+            "(--unverified)."
+        )
