@@ -36,9 +36,7 @@ def to_tiles(codes: Tensor, absmax: Tensor, out_features: int, in_features: int)
     """
     assert _native_tile is not None  # nothing else reads tiles
     if codes.shape != (out_features * in_features // 2,) or absmax.shape != (out_features * in_features // _BLOCK,):
-        raise ValueError(
-            f"{codes.numel()} codes and {absmax.numel()} constants are not {out_features} x {in_features}"
-        )
+        raise ValueError(f"{codes.numel()} codes and {absmax.numel()} constants are not {out_features} x {in_features}")
     codes, absmax = codes.contiguous(), absmax.contiguous()
     num_tiles = -(-out_features // TILE)
     tiled = torch.zeros((num_tiles, in_features // _GROUP, 32), dtype=torch.uint8)

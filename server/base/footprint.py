@@ -21,7 +21,7 @@ def resident_bytes(model: nn.Module, plans: list[SitePlan], dtype: torch.dtype) 
     Args:
         model: its module tree, linears not replaced yet.
         plans: of its NF4 linears.
-        dtype: of everything else.
+        dtype: of everything else. A CPU may keep the head in less (`vocabulary.py`).
     """
     nf4 = sum(sum(plan.widths) * plan.in_features for plan in plans)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

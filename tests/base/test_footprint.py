@@ -15,8 +15,9 @@ from .family_models import save_family
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_resident_bytes_are_those_of_the_loaded_base(family, tmp_path):
     model = save_family(family, tmp_path)
-    base = load_base(str(tmp_path), device=CPU, compute_dtype=torch.float32, progress=False)
-    assert resident_bytes(model, plan_sites(model), torch.float32) == pytest.approx(
+    # Not in fp32, in which a CPU keeps the head in fewer bytes.
+    base = load_base(str(tmp_path), device=CPU, compute_dtype=torch.bfloat16, progress=False)
+    assert resident_bytes(model, plan_sites(model), torch.bfloat16) == pytest.approx(
         base.nf4_bytes + base.dense_bytes, rel=0.02
     )
 

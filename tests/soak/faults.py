@@ -27,6 +27,8 @@ PROBABILITIES: Final = {
     "slow commit": 0.1,
 }
 SLOW_COMMIT_S: Final = 0.05
+# From a fault until every request that it fails has been failed: those too that came to wait meanwhile.
+HANDLED_S: Final = 1.0
 
 
 class Faults:
@@ -42,6 +44,7 @@ class Faults:
         self._rng = random.Random(f"{seed}/faults")
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._last: dict[str, float] = {}
         self._patch(monkeypatch)
 
     def counts(self) -> Counter[str]:
@@ -49,12 +52,19 @@ class Faults:
         with self._lock:
             return self._counts.copy()
 
+    def happened_since(self, kind: str, asked_at: float) -> bool:
+        """Whether one happened after `time.monotonic()` was `asked_at`, or before and was still being dealt with."""
+        with self._lock:
+            return self._last.get(kind, -HANDLED_S) > asked_at - HANDLED_S
+
     def _happens(self, kind: str) -> bool:
         if not self.enabled:
             return False
         with self._lock:
             happens = self._rng.random() < PROBABILITIES[kind]
             self._counts[kind] += happens
+            if happens:
+                self._last[kind] = time.monotonic()
             return happens
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:

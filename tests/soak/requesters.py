@@ -31,7 +31,7 @@ class Ticket:
         request_id: of the request.
         deadline: `time.monotonic()` second, or None.
         deaf_after: deltas after which the client is gone: taking another one fails. None: never.
-        device_faults, read_faults: injected until it was handed in.
+        asked_at: `time.monotonic()` before it was handed in.
         is_cancelled: whether the client cancelled it.
         tokens: received so far.
         end: the terminal event.
@@ -44,8 +44,7 @@ class Ticket:
     request_id: str
     deadline: float | None
     deaf_after: int | None
-    device_faults: int
-    read_faults: int
+    asked_at: float
     is_cancelled: bool = False
     tokens: list[int] | None = None
     end: Finished | Failed | None = None
@@ -106,7 +105,6 @@ class Requester(Actor):
         if isinstance(version, ServingError):
             return
         prompt = rng.randrange(len(self.world.references.prompts))
-        faults = self.world.faults.counts()
         ticket = Ticket(
             self.world,
             prompt,
@@ -115,8 +113,7 @@ class Requester(Actor):
             f"{self.name}-{next(self._numbers)}",
             deadline=time.monotonic() + rng.uniform(0.0, 0.5) if rng.random() < 0.1 else None,
             deaf_after=rng.randrange(8) if rng.random() < 0.03 else None,
-            device_faults=faults["device"],
-            read_faults=faults["read"],
+            asked_at=time.monotonic(),
         )
         params = SamplingParams(
             temperature=0.0, max_tokens=max(1, min(MAX_TOKENS, int(rng.expovariate(1 / 16)))), ignore_eos=True
@@ -203,10 +200,9 @@ class Requester(Actor):
             allowed.add("DEADLINE_EXCEEDED")
         if ticket.version is None:
             return allowed
-        faults = self.world.faults.counts()
-        if faults["device"] > ticket.device_faults:
+        if self.world.faults.happened_since("device", ticket.asked_at):
             allowed.add("ADAPTER_MEMORY")
-        if faults["read"] > ticket.read_faults or not self._is_live(ticket.version):
+        if self.world.faults.happened_since("read", ticket.asked_at) or not self._is_live(ticket.version):
             allowed.add("ADAPTER_UNLOADED")
         return allowed
 
