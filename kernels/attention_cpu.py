@@ -30,9 +30,9 @@ _WRITE = (
     *(ADDRESS, ADDRESS, ADDRESS),
     *(COUNT, COUNT, COUNT, COUNT),
 )
-_write = function(*_WRITE, brief=True)
-# Rows times context up to which a call takes some 100 us at most: less than getting Python's lock back may take.
-_BRIEF = 1 << 13
+_write = function(*_WRITE)
+# Multiplications up to which a call takes some 100 us at most: less than getting Python's lock back may take.
+_BRIEF = 1 << 21
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
@@ -73,7 +73,8 @@ def paged_attention(
     softcap: float,
 ) -> Tensor:
     """See `attention.paged_attention`."""
-    attend = _attend_briefly if len(q) * max_context_len <= _BRIEF else _attend
+    work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * max_context_len
+    attend = _attend_briefly if work <= _BRIEF else _attend
     if attend is None:
         return _attend_plainly(q, k_cache, v_cache, query_starts, context_lens, block_tables, scale, window, softcap)
     q = _with_whole_heads(q)

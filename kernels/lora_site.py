@@ -41,8 +41,8 @@ from .native.functions import ADDRESS, COUNT, NUMBER, TYPE_NUMBERS, function
 _ADD: Final = ("lorikeet_lora_add", ADDRESS, ADDRESS, ADDRESS, COUNT, ADDRESS, COUNT, NUMBER)
 _add = function(*_ADD)
 _add_briefly = function(*_ADD, brief=True)
-# Up to so many rows a call takes tens of microseconds.
-_FEW: Final = 32
+# Rows times input and output width up to which a call takes some 100 us at most, at rank 16.
+_BRIEF: Final = 1 << 17
 
 
 class _SiteTables(ctypes.Structure):
@@ -97,6 +97,7 @@ class LoraSite:
         self._slice_widths = list(slice_widths)
         self._dtype = arena.dtype
         self._in_features, self._out_features = in_features, sum(slice_widths)
+        self._width = in_features + self._out_features
         self._num_slots = len(offsets)
         self._widths = (ctypes.c_int64 * len(slice_widths))(*slice_widths)
         self._tables = _SiteTables(
@@ -127,7 +128,7 @@ class LoraSite:
         if _add is None or _add_briefly is None:
             lora_cpu.lora_add_(y, x, self._arena, self._offsets, self._ranks, rows, self._slice_widths)
             return
-        add = _add_briefly if len(rows.rows) <= _FEW else _add
+        add = _add_briefly if len(rows.rows) * self._width <= _BRIEF else _add
         threads = torch.get_num_threads()
         add(self._address, rows.address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), threads)
 

@@ -28,7 +28,10 @@ _NORM = (
     *(ADDRESS, ADDRESS, ADDRESS),
     *(COUNT, COUNT, REAL, NUMBER),
 )
-_norm = function(*_NORM, brief=True)
+_norm = function(*_NORM)
+_norm_briefly = function(*_NORM, brief=True)
+# Elements up to which a call takes some 100 us at most.
+_BRIEF = 1 << 16
 
 torch.library.define(
     "lorikeet::rms_norm", "(Tensor x, Tensor weight, float eps, Tensor? residual=None, Tensor? rows=None) -> Tensor"
@@ -142,8 +145,9 @@ def _rms_norm_cpu(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
     _check(x, weight, residual, rows)
-    if _norm is not None:
-        return _norm_rows(_norm, x, weight, eps, residual, rows, in_place=False)
+    norm = _norm_briefly if x.numel() <= _BRIEF else _norm
+    if norm is not None:
+        return _norm_rows(norm, x, weight, eps, residual, rows, in_place=False)
     if rows is not None:
         x = x.index_select(0, rows)
         residual = None if residual is None else residual.index_select(0, rows)
@@ -169,8 +173,9 @@ def _rms_norm_fake(
 
 def _add_rms_norm_cpu_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight, residual, None)
-    if _norm is not None:
-        return _norm_rows(_norm, x, weight, eps, residual, None, in_place=True)
+    norm = _norm_briefly if x.numel() <= _BRIEF else _norm
+    if norm is not None:
+        return _norm_rows(norm, x, weight, eps, residual, None, in_place=True)
     return rms_norm_reference(residual.add_(x), weight, eps)
 
 

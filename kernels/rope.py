@@ -37,7 +37,10 @@ _ROTATE = (
     *(COUNT, COUNT, COUNT, COUNT, COUNT),
     NUMBER,
 )
-_rotate = function(*_ROTATE, brief=True)
+_rotate = function(*_ROTATE)
+_rotate_briefly = function(*_ROTATE, brief=True)
+# Elements up to which a call takes some 100 us at most.
+_BRIEF = 1 << 16
 
 torch.library.define(
     "lorikeet::rope_kv_write_",
@@ -200,12 +203,13 @@ def _rope_kv_write_cpu_(
     eps: float = 0.0,
 ) -> None:
     _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
-    if _rotate is None:
+    rotate = _rotate_briefly if qkv.numel() <= _BRIEF else _rotate
+    if rotate is None:
         _rope_kv_write_plainly_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
         return
     num_tokens, width = qkv.shape
     num_kv_heads, num_blocks, block_size, head_dim = k_cache.shape
-    _rotate(
+    rotate(
         TYPE_NUMBERS[qkv.dtype],
         qkv.data_ptr(),
         qkv.stride(0),

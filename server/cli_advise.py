@@ -15,8 +15,8 @@ REPORT_FILE: Final = "merge_report.json"
 _SAME_TEXT: Final = 1e-2  # nats
 # (onto, to) of a merge report -> what it measured.
 _WAYS: Final = {
-    ("original", "bf16"): Way.MERGED_ONTO_ORIGINAL,
-    ("nf4", "bf16"): Way.MERGED_ONTO_NF4,
+    **{("original", to): Way.MERGED_ONTO_ORIGINAL for to in ("bf16", "fp32")},
+    **{("nf4", to): Way.MERGED_ONTO_NF4 for to in ("bf16", "fp32")},
     **{(onto, "autoround"): Way.MERGED_AUTOROUND for onto in ("original", "nf4")},
     **{(onto, "awq"): Way.MERGED_AWQ for onto in ("original", "nf4")},
     **{(onto, "nf4"): Way.MERGED_NF4 for onto in ("original", "nf4")},

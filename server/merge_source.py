@@ -47,8 +47,8 @@ class _DenseRows:
     """The `Rows` of a parameter that is stored in 16 or 32 bit."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self.shape = tuple(tensor.shape)
+        self._tensor = torch.atleast_1d(tensor)
+        self.shape = tuple(self._tensor.shape)
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._tensor[start:stop].to(torch.float32, copy=True)
@@ -126,7 +126,9 @@ class CheckpointWeights:
             return _DenseRows(tensor)
         rows, columns = self.shapes[name]
         if self.is_quantized:
-            codes, absmax, _ = read_nf4(name.rpartition(".")[0], parts, _CPU)
+            codes, absmax, shape = read_nf4(name.rpartition(".")[0], parts, _CPU)
+            if shape != (rows, columns):
+                raise BaseModelError(f"{name} is {list(shape)}; the config asks for {[rows, columns]}.")
         elif self.onto is Onto.NF4:
             codes, absmax = quantize_nf4(parts["weight"])
         else:

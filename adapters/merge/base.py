@@ -1,5 +1,6 @@
 """The base of a merge: its tensors one at a time, in float32, and what adapters ask of its weights."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
@@ -18,11 +19,11 @@ class Rows(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes; one or two."""
+        """Its sizes; a single number has one row."""
         ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix or elements of a vector: float32 on the CPU, the caller's to change."""
+        """[start, stop) of its first dimension: float32 on the CPU, the caller's to change."""
         ...
 
 
@@ -65,9 +66,9 @@ class Piece(NamedTuple):
 
 
 def pieces(shape: Sequence[int]) -> Iterator[Piece]:
-    """The rows of a parameter, a bounded number of elements at a time."""
-    rows = shape[0]
-    step = max(1, PIECE // shape[1]) if len(shape) > 1 else PIECE
+    """The rows of a parameter, a bounded number of elements at a time. A single number has one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
     for start in range(0, rows, step):
         yield Piece(start, min(start + step, rows))
 

@@ -36,8 +36,13 @@ class Parameter:
 
     @property
     def is_weight(self) -> bool:
-        """It is no bias."""
+        """Adapters may change it."""
         return self.name.endswith(".weight")
+
+    @property
+    def is_bias(self) -> bool:
+        """Adapters may change it, or make it."""
+        return self.name.endswith(".bias")
 
 
 class MergedModel:
@@ -90,9 +95,11 @@ class MergedModel:
         """The values of a parameter in rows from the first to the last: float32, not rounded."""
         module = parameter.module
         edits = self._edits.get(module, self._nothing)
-        if not parameter.is_weight:
+        if parameter.is_bias:
             yield self._bias(module, edits, parameter.shape[0])
             return
+        if not parameter.is_weight:  # of the architecture's own, such as DiffLlama's lambdas: no adapter changes it
+            edits = self._nothing
         rows = None if edits.weight is not None else self._base.open(self._source(parameter.name))
         for piece in pieces(parameter.shape):
             self._check()
@@ -143,8 +150,8 @@ class MergedModel:
 
     def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The base's, but for the vocabulary's size."""
-        module = name.rpartition(".")[0]
-        if module in (self._base.modules.embedding, self._base.modules.head):
+        module, _, leaf = name.rpartition(".")
+        if module in (self._base.modules.embedding, self._base.modules.head) and leaf in ("weight", "bias"):
             return (self.vocab_size, *shape[1:])
         return shape
 

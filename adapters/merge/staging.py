@@ -8,6 +8,7 @@ same place removes it. Imports no torch.
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ..state.durable_files import sync_directory
 from .errors import MergeDiskError, MergeOutputExistsError, MergeUnwritableError, disk_error
 
 _MARK: Final = ".merging-"
+_RANDOM_BYTES: Final = 4  # of what is behind the mark, in hexadecimal digits
 
 
 def check_output(out: Path) -> None:
@@ -54,10 +56,11 @@ def staged(out: Path) -> Iterator[Path]:
 
     Raises:
         MergeOutputExistsError: something took the name meanwhile.
-        MergeDiskError, MergeUnwritableError: of any OSError, also one of the block.
+        MergeDiskError, MergeUnwritableError: of any OSError before the directory has its name, also one of the block;
+            or its name could not be made durable.
     """
     remove_leftovers(out)
-    staging = out.with_name(f".{out.name}{_MARK}{secrets.token_hex(4)}")
+    staging = out.with_name(f".{out.name}{_MARK}{secrets.token_hex(_RANDOM_BYTES)}")
     try:
         staging.mkdir()
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -68,18 +71,25 @@ def staged(out: Path) -> Iterator[Path]:
             if os.path.lexists(out):
                 raise MergeOutputExistsError(f"{out.name} appeared while it was written; it is left as it is.")
             staging.rename(out)
-            sync_directory(out.parent)
         finally:
             os.close(lock)
     except OSError as error:
         raise disk_error(error, out.name) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # no longer there if it has its name
+    try:
+        sync_directory(out.parent)
+    except OSError as error:
+        raise MergeUnwritableError(
+            f"{out.name} is complete, but the disk did not confirm its name ({error.strerror or type(error).__name__}):"
+            " see that it is still there before you rely on it."
+        ) from error
 
 
 def remove_leftovers(out: Path) -> None:
     """Remove what merges to the same place left when they were killed."""
-    for path in out.parent.glob(f".{_escaped(out.name)}{_MARK}*"):
+    ours = re.compile(re.escape(f".{out.name}{_MARK}") + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    for path in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -87,11 +97,6 @@ def remove_leftovers(out: Path) -> None:
                 shutil.rmtree(path)
             finally:
                 os.close(lock)
-
-
-def _escaped(name: str) -> str:
-    """A name as a pattern that only it matches."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _sync_tree(directory: Path) -> None:

@@ -157,7 +157,7 @@ LORIKEET_EXPORT void lorikeet_kv_write(
     char* v_cache, const int64_t* kv_slots, long num_tokens, long num_kv_heads, long head_dim, long slots) {
     const long size = head_dim * element_size;
     for (long i = 0; i < num_tokens; i++) {
-        if (kv_slots[i] < 0) continue;
+        if (kv_slots[i] < 0 || kv_slots[i] >= slots) continue;
         for (long head = 0; head < num_kv_heads; head++) {
             const long to = (head * slots + kv_slots[i]) * size;
             std::memcpy(k_cache + to, k + (i * k_row + head * k_head) * element_size, static_cast<size_t>(size));

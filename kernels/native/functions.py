@@ -5,7 +5,8 @@ compiler there is none, and the operators' plain-torch implementations run, seve
 saying so. LORIKEET_NATIVE_KERNELS names one library (`avx2`, `portable`) or none (`off`), for tests and comparisons.
 
 Functions are called by ctypes, which costs 1 to 2 us where torch's dispatcher takes 5 to 10 and needs no torch headers,
-so one build serves every version of torch. They check nothing: callers do.
+so one build serves every version of torch. They check nothing: callers do. Their loops run on a team of threads of the
+library's own (`parallel.cpp`), with as many as torch would use.
 """
 
 import ctypes
@@ -29,8 +30,8 @@ TYPE_NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FOLDER: Final = Path(__file__).parent
 _CHOICE: Final = "LORIKEET_NATIVE_KERNELS"
-# Torch's OpenMP runtime, whose team the kernels use; GCC's, or Intel's, which speaks both protocols.
-_TEAM_RUNTIMES: Final = ("libgomp.so.1", "libiomp5.so")
+_LIBRARIES: Final = ("avx2", "portable")
+_INTERFACE: Final = 1  # of library.cpp
 
 
 def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[..., None] | None:
@@ -60,7 +61,9 @@ def library_name() -> str | None:
 @lru_cache
 def _library_path() -> Path | None:
     chosen = os.environ.get(_CHOICE, "")
-    names = (chosen,) if chosen else (("avx2",) if _has_avx2() else ()) + ("portable",)
+    if chosen not in ("", "off", *_LIBRARIES):
+        raise ValueError(f"{_CHOICE} is {chosen!r}; it can be {', '.join(_LIBRARIES)} or off")
+    names = (chosen,) if chosen else _LIBRARIES[0 if _has_avx2() else 1 :]
     for name in names:
         for suffix in EXTENSION_SUFFIXES:
             path = _FOLDER / f"_{name}{suffix}"
@@ -77,19 +80,9 @@ def _has_avx2() -> bool:
 @lru_cache
 def _load(path: Path, brief: bool) -> ctypes.CDLL:
     library = ctypes.PyDLL(str(path)) if brief else ctypes.CDLL(str(path))
-    set_team = library.lorikeet_set_team
-    set_team.argtypes, set_team.restype = (ctypes.c_void_p,), None
-    set_team(_start_team())
+    interface = getattr(library, "lorikeet_interface", None)
+    if interface is None or interface() != _INTERFACE:
+        raise ImportError(
+            f"{path.name} was built from other sources than this code; install Lorikeet again (in a checkout: make setup)"
+        )
     return library
-
-
-def _start_team() -> int | None:
-    """Address of GOMP_parallel; None where torch has another runtime: the kernels then run on one thread."""
-    for name in _TEAM_RUNTIMES:
-        try:
-            # Finds what torch has loaded already; nothing else is ever loaded.
-            runtime = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        except OSError:
-            continue
-        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
-    return None

@@ -1,8 +1,8 @@
-// Loops over several threads: torch's own OpenMP team, so that two pools never spin against each other.
+// Loops over several threads, with a team of this library's own.
 //
-// `start_team` is GOMP_parallel of the OpenMP runtime that torch has loaded, handed over once (`native.py`); there is
-// nothing to link against and no OpenMP needed in the compiler. Work is dealt out piece by piece: a thread that the
-// system holds up delays the others by one piece and not by its whole share.
+// A thread that the system holds up delays nobody: work is dealt out piece by piece, the caller takes pieces too, and
+// whoever has not begun when all of them are taken is not waited for. OpenMP's teams, torch's among them, end every loop
+// with all of their threads at a barrier, so one core that somebody else needs stops every step.
 #pragma once
 
 #include <atomic>
@@ -12,13 +12,13 @@
 
 namespace lorikeet {
 
-using StartTeam = void (*)(void (*)(void*), void*, unsigned, unsigned);
-extern StartTeam start_team;  // null: everything runs on the calling thread
+// Calls work(data) on the calling thread and on up to `helpers` others; each call returns when no piece is left.
+void run_together(int helpers, void (*work)(void*), void* data);
 
 // Calls body(first, end) for disjoint pieces that cover [0, count), at most `piece` long, on up to `threads` threads.
 template <class Body>
 static void parallel_for(int threads, long count, long piece, const Body& body) {
-    if (threads <= 1 || count <= piece || start_team == nullptr) {
+    if (threads <= 1 || count <= piece) {
         if (count > 0) body(0L, count);
         return;
     }
@@ -37,7 +37,7 @@ static void parallel_for(int threads, long count, long piece, const Body& body) 
         }
     };
     const long pieces = (count + piece - 1) / piece;
-    start_team(work, &shared, static_cast<unsigned>(pieces < threads ? pieces : threads), 0);
+    run_together(static_cast<int>(pieces < threads ? pieces : threads) - 1, work, &shared);
 }
 
 // A length of pieces that deals `count` out evenly, with at least `least` in each: few long rows go to one thread.

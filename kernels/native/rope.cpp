@@ -48,7 +48,7 @@ LORIKEET_EXPORT void lorikeet_rope_kv_write(
                 T* head = static_cast<T*>(qkv) + token * stride;
                 const T* angles = static_cast<const T*>(rotations) + token * 3 * half;
                 const T* weight = static_cast<const T*>(head_norm);
-                const long slot = kv_slots[token];
+                const long slot = kv_slots[token] < slots ? kv_slots[token] : -1;
                 for (long h = 0; h < num_heads + num_kv_heads; h++, head += head_dim) {
                     if (h >= num_heads && slot < 0) continue;
                     if (weight != nullptr) {

@@ -90,6 +90,11 @@ class BaseModel:
         """Resident bytes of what stays 16-bit (tied weights once)."""
         return sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
 
+    @property
+    def dense_elements(self) -> int:
+        """Numbers that are not in NF4 (tied weights once)."""
+        return sum({p.data_ptr(): p.numel() for p in self.model.parameters()}.values())
+
     def site_module(self, site: Site) -> nn.Module:
         """The linear that runs for a site."""
         parent, _, leaf = site.name.rpartition(".")

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import linear, takes_16_bits
+from ...kernels.linear import LANES, linear, takes_16_bits
 from .site_plan import find_head
 
 # Elements that are compared at once.
@@ -44,6 +44,8 @@ def keep_vocabulary_narrow(model: nn.Module, device: torch.device, compute_dtype
     if device.type != "cpu" or compute_dtype != torch.float32 or not takes_16_bits():
         return
     path, head = find_head(model)
+    if type(head) is not nn.Linear or head.in_features % LANES:
+        return  # another class computes something else; other widths would be converted whole at every step
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     is_tied = embedding.weight is head.weight
     # Other classes compute with the weight's type what nn.Embedding leaves alone (Gemma's scale its rows).

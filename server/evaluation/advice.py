@@ -48,7 +48,8 @@ def _one_file(measured: Mapping[Way, PathResult], gain: float) -> str:
     if sixteen is not None:
         parts.append(f"{sixteen.value}: {_numbers(measured[sixteen], measured, gain)}")
     if four is not None:
-        judged = "where size counts, " if _loss(measured[four], measured) <= MOST_GIVEN_UP else "not "
+        fits = gain > 0 and _loss(measured[four], measured) <= MOST_GIVEN_UP
+        judged = "where size counts, " if fits else "not "
         parts.append(f"{judged}{four.value}: {_numbers(measured[four], measured, gain)}")
     return f"One adapter and one file: {'; '.join(parts)}."
 

@@ -69,11 +69,13 @@ class LocalEngine:
     @property
     def base_bytes(self) -> int:
         """Bytes of the base's weights, those that are not in NF4 in 16 bit, also where they are held in float32."""
-        return self._app.base.nf4_bytes + self._in_16_bit(self._app.base.dense_bytes)
+        base = self._app.base  # counted by elements: on a CPU the vocabulary is in 16 bit whatever the compute type is
+        return base.nf4_bytes + base.dense_elements * torch.bfloat16.itemsize
 
     def adapter_bytes(self, directory: Path) -> int:
         """Bytes of an adapter's packed weights in 16 bit."""
-        return self._in_16_bit(self._app.manager.get(self._references[directory]).bytes)
+        size = self._app.manager.get(self._references[directory]).bytes
+        return size * torch.bfloat16.itemsize // self.compute_dtype.itemsize
 
     def encode(self, text: str, members: Members = BASE) -> list[int]:
         """Token ids of a text, as the server reads it for these adapters.
@@ -123,9 +125,6 @@ class LocalEngine:
         params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
         self._submit(list(prompt), params, None, members, lambda event: times.append(time.perf_counter()))
         return median(after - before for before, after in itertools.pairwise(times[: steps + 1]))
-
-    def _in_16_bit(self, size: int) -> int:
-        return size * torch.bfloat16.itemsize // self.compute_dtype.itemsize
 
     def _run(self, text: ScoredText, members: Members) -> list[Delta]:
         return self._submit(text.prompt_token_ids, SamplingParams(), text, members, lambda event: None)

@@ -91,7 +91,7 @@ class TestCpu:
     @every_library
     @every_dtype
     def test_both_equal_reference(self, library: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        use_library(monkeypatch, library, norm, {"_norm": norm._NORM})
+        use_library(monkeypatch, library, norm, {"_norm": norm._NORM, "_norm_briefly": norm._NORM})
         for shape in (*SHAPES, Shape(100, 577)):
             assert_norms(norm.rms_norm, shape, dtype)
             assert_adds_and_norms(norm.add_rms_norm_, shape, dtype)
