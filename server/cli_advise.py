@@ -15,8 +15,8 @@ REPORT_FILE: Final = "merge_report.json"
 _SAME_TEXT: Final = 1e-2  # nats
 # (onto, to) of a merge report -> what it measured.
 _WAYS: Final = {
-    **{("original", to): Way.MERGED_ONTO_ORIGINAL for to in ("bf16", "fp32")},
-    **{("nf4", to): Way.MERGED_ONTO_NF4 for to in ("bf16", "fp32")},
+    ("original", "bf16"): Way.MERGED_ONTO_ORIGINAL,
+    ("nf4", "bf16"): Way.MERGED_ONTO_NF4,
     **{(onto, "autoround"): Way.MERGED_AUTOROUND for onto in ("original", "nf4")},
     **{(onto, "awq"): Way.MERGED_AWQ for onto in ("original", "nf4")},
     **{(onto, "nf4"): Way.MERGED_NF4 for onto in ("original", "nf4")},
@@ -106,13 +106,14 @@ def _read_report(directory: Path, digest: str) -> Mapping[Way, PathResult]:
     """What a merge measured.
 
     Raises:
-        EvaluationError: there is no report, or it is not of this adapter alone at its full strength.
+        EvaluationError: there is no report, it is not of this adapter alone at its full strength, or of a form that is
+            not advised on.
     """
     try:
         report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
         members = [(member["version"], member["weight"]) for member in report["adapters"]]
         comparison = report["comparison"]
-        ways = [Way.BASE_NF4, Way.UNMERGED, _WAYS[report["onto"], report["to"]]]
+        onto, to = str(report["onto"]), str(report["to"])
         results = [PathResult.from_json(comparison[name]) for name in ("base", "unmerged", "merged")]
     except (OSError, ValueError, KeyError, TypeError):
         raise EvaluationError(
@@ -123,4 +124,10 @@ def _read_report(directory: Path, digest: str) -> Mapping[Way, PathResult]:
         raise EvaluationError(
             f"{directory} was merged from another adapter, another version, or with a weight.", {"field": "merged"}
         )
-    return dict(zip(ways, results, strict=True))
+    if (onto, to) not in _WAYS:
+        known = ", ".join(sorted({form for _, form in _WAYS}))
+        raise EvaluationError(
+            f"{directory} was written as {to}, and only these are advised on: {known}. Merge with --to one of them.",
+            {"field": "merged"},
+        )
+    return dict(zip((Way.BASE_NF4, Way.UNMERGED, _WAYS[onto, to]), results, strict=True))

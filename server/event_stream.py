@@ -28,9 +28,14 @@ _MIN_PAUSE_S: Final = 0.001
 
 
 class EventStream:
-    """The events of one request, in order, with waiting deltas joined."""
+    """The events of one request, in order, with waiting deltas joined.
 
-    def __init__(self) -> None:
+    Args:
+        is_scored: its tokens are given, and not generated.
+    """
+
+    def __init__(self, *, is_scored: bool = False) -> None:
+        self._is_scored = is_scored
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -67,9 +72,12 @@ class EventStream:
         Args:
             arrival: `time.monotonic()` second of its arrival.
         """
-        fields: dict[str, object] = {"output_tokens": self._num_tokens}
-        if self._first_token is not None:
-            fields["ttft_s"] = round(self._first_token - arrival, 6)
+        if self._is_scored:
+            fields: dict[str, object] = {"scored_tokens": self._num_tokens}
+        else:
+            fields = {"output_tokens": self._num_tokens}
+            if self._first_token is not None:
+                fields["ttft_s"] = round(self._first_token - arrival, 6)
         if isinstance(self._terminal, Finished):
             fields |= {"finish_reason": self._terminal.reason.value, "cached_tokens": self._terminal.cached_tokens}
         return fields

@@ -83,6 +83,6 @@ def _load(path: Path, brief: bool) -> ctypes.CDLL:
     interface = getattr(library, "lorikeet_interface", None)
     if interface is None or interface() != _INTERFACE:
         raise ImportError(
-            f"{path.name} was built from other sources than this code; install Lorikeet again (in a checkout: make setup)"
+            f"{path.name} was built from other sources than this code; install Lorikeet again (`make setup`)"
         )
     return library

@@ -22,6 +22,7 @@ from .scoring import Piece, Scorer, cut_step
 from .stats import GraphStats
 from .step_graphs import StepGraphs
 from .step_inputs import StepInputs
+from .upload import upload
 
 
 class Runner:
@@ -140,7 +141,7 @@ class Runner:
     ) -> Tensor:
         """Run a prepared step that scores; the logits of the rows that are sampled from."""
         self._scorer.begin(pieces)
-        rows = [sampled, *(torch.tensor(piece.rows).to(sampled.device) for piece in pieces)]
+        rows = [sampled, *(upload(piece.rows, torch.int64, sampled.device) for piece in pieces)]
         overrides = self._overrides if self._overrides.active else None
         computed = self._base.logits_in_pieces(*inputs, rows, paged=paged, overrides=overrides)
         logits = next(computed)

@@ -50,6 +50,7 @@ class Sampler:
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._winners = Winners()
+        self._winners_of_edited = Winners()  # found while those of the whole step are still needed
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
@@ -99,7 +100,7 @@ class Sampler:
         sampled = [row for row, request in enumerate(requests) if not request.params.greedy]
         if len(sampled) == len(requests):
             return _draw(logits, requests)
-        tokens = Winners().find(logits)[1]
+        tokens = self._winners_of_edited.find(logits)[1]
         if sampled:
             drawn = _draw(_rows(logits, sampled), [requests[row] for row in sampled])
             tokens.index_copy_(0, upload(sampled, torch.int64, logits.device), drawn)

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .distribution import likeliest
 from .request import Request, TokenLogprob
 from .scheduler import ScheduledRequest, ScheduledStep
+from .upload import upload
 
 
 class Run(NamedTuple):
@@ -95,24 +97,26 @@ class Scorer:
                 on_logits(first, logits[start : start + count])
             start += count
         self._runs += piece.runs
+        self._num_top = min(self._num_top, logits.shape[-1])  # of a vocabulary that has no more
         self._found.append(_pack(logits, piece.targets, self._num_top))
 
     def take(self) -> dict[Request, list[TokenLogprob] | None]:
         """Of each request with scored rows, their tokens in order; None where logits were not finite. Waits once."""
-        if not self._found:
+        # Let go of at once: the next step with scored rows can be far away, and requests are kept alive by theirs.
+        runs, packed, n = self._runs, self._found, self._num_top
+        self._runs, self._found = [], []
+        if not packed:
             return {}
-        words = torch.cat(self._found).cpu()
-        n = self._num_top
-        is_finite, logprobs, top_ids, top_logprobs = words.split([1, 1, n, n], -1)
+        words = torch.cat([piece[:, : 2 + 2 * n] for piece in packed]).cpu()
         columns = (
-            is_finite.flatten().tolist(),
-            logprobs.contiguous().view(torch.float32).flatten().tolist(),
-            top_ids.tolist(),
-            top_logprobs.contiguous().view(torch.float32).tolist(),
+            words[:, 0].tolist(),
+            words[:, 1].contiguous().view(torch.float32).tolist(),
+            words[:, 2::2].tolist(),
+            words[:, 3::2].contiguous().view(torch.float32).tolist(),
         )
         scores: dict[Request, list[TokenLogprob] | None] = {}
         start = 0
-        for request, first, count in self._runs:
+        for request, first, count in runs:
             rows = slice(start, start + count)
             start += count
             finite, chosen, ids, alternatives = (column[rows] for column in columns)
@@ -132,15 +136,15 @@ def _pack(logits: Tensor, targets: Sequence[int], num_top: int) -> Tensor:
     """What is wanted of each row, as the host gets it: int32 [n, 2 + 2 num_top].
 
     Whether the logits are finite (ids that a row's vocabulary lacks are -inf, and are no fault), the bits of the
-    target's log probability in float32, the likeliest tokens, and the bits of theirs. Uses `logits` up.
+    target's log probability in float32, then each of the likeliest tokens and the bits of its own. Uses `logits` up.
     """
-    at = torch.tensor(targets, dtype=torch.int64).to(logits.device).unsqueeze(-1)
-    chosen, (values, ids) = logits.gather(-1, at), logits.topk(num_top, -1)
+    at = upload(targets, torch.int64, logits.device).unsqueeze(-1)
+    chosen, (values, ids) = logits.gather(-1, at), likeliest(logits, num_top)
     best = logits.amax(-1, keepdim=True)
     # log softmax, in place: there is no room for another tensor of that size.
     total = best + logits.sub_(best).exp_().sum(-1, keepdim=True).log_()
     bits = [(found - total).contiguous().view(torch.int32) for found in (chosen, values)]
-    return torch.cat([best.isfinite().int(), bits[0], ids.int(), bits[1]], -1)
+    return torch.cat([best.isfinite().int(), bits[0], torch.stack([ids.int(), bits[1]], -1).flatten(1)], -1)
 
 
 def _first_target(item: ScheduledRequest) -> int:
