@@ -170,7 +170,7 @@ class GenerationService(GenerationServiceServicer):
         async with self._admit(scoring, logged_wishes(request), prepare, context) as admitted:
             num_tokens = len(admitted.work.prompt_token_ids) + 1
             output, end = await admitted.events.whole()
-            return score_response(current_request_id.get(), admitted.by, num_tokens, [output], end)
+            return await score_response(current_request_id.get(), admitted.by, num_tokens, output, end)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Answer with the tokens of a text."""
@@ -232,12 +232,12 @@ class GenerationService(GenerationServiceServicer):
         arrival = time.monotonic()
         # Before the prompt is tokenized: an adapter can bring a tokenizer of its own.
         adaptation = self._resolve(addressed.wishes, addressed.routing_key)
-        events = EventStream()
         # Clients choose request ids freely; the engine's are unique.
         engine_id = f"{current_request_id.get()}#{next(self._numbers)}"
         deadline = call_deadline(context)
         try:
             work = await prepare(self._adapters.vocabulary(adaptation))
+            events = EventStream(is_scored=work.scored is not None)
             # From here to the end of `submit` there is no await: nothing can cancel the call in between.
             self._engine.submit(
                 Request(

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from .errors import ConfigError
 SAMPLE_TOKENS: Final = 128
 FEWEST_SAMPLES: Final = 16
 MOST_SAMPLES: Final = 128
+# What auto-round may write of a model's layers while it works, as a share of the model's bytes (0.16.1, `offload.py`).
+OFFLOADED: Final = 1.2
 _BATCH: Final = 8
 _POLL_S: Final = 0.2
 _LOG_LINES: Final = 3
@@ -112,7 +115,8 @@ def quantize(
 
     Args:
         source: 16-bit.
-        out: where the result goes; made here, and may be partly written when this raises.
+        out: where the result goes; made here, and may be partly written when this raises. What auto-round moves out
+            of memory lies beside it meanwhile.
         to: one of CALIBRATED.
         calibration: text.
         iterations: for each block.
@@ -125,6 +129,8 @@ def quantize(
         MergeCancelledError: it was stopped.
     """
     out.mkdir()
+    work = out.with_name(f"{out.name}-work")
+    work.mkdir()
     message = {
         "source": str(source),
         "out": str(out),
@@ -136,7 +142,11 @@ def quantize(
         given.write(json.dumps(message).encode())
         given.seek(0)
         process = subprocess.Popen(  # noqa: S603  # this interpreter and a module of ours
-            [sys.executable, "-P", "-m", __name__], stdin=given, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-P", "-m", __name__],
+            stdin=given,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"AR_WORK_SPACE": str(work)},
         )
         try:
             done = -1
@@ -151,6 +161,7 @@ def quantize(
         finally:
             process.kill()
             process.wait()
+            shutil.rmtree(work, ignore_errors=True)
         if process.returncode:
             lines = [line for line in _read_log(log).splitlines() if line.strip()]
             said = " ".join(lines[-_LOG_LINES:])

@@ -24,7 +24,7 @@ from ..adapters.version import AdapterVersion
 from .base.loader import read_eos_token_ids, read_tokenizer
 from .errors import ConfigError
 from .local_base import find_directory
-from .merge_autoround import Calibration, calibrate, require_autoround
+from .merge_autoround import OFFLOADED, Calibration, calibrate, require_autoround
 from .merge_config import bias_settings
 from .merge_source import CheckpointWeights
 from .tokenizers import Tokenizers
@@ -203,6 +203,7 @@ def _with_tokenizers(members: tuple[Member, ...], base: CheckpointWeights) -> tu
 
 def _needed(parameters: list[Parameter], to: Target) -> int:
     """Bytes of disk that a merge takes at most while it is under way."""
-    if to in CALIBRATED:  # the 16-bit model lies beside what is made of it
-        return estimate_bytes(parameters, Target.BF16) + estimate_bytes(parameters, Target.NF4) + _SMALL_FILES
+    if to in CALIBRATED:  # the 16-bit model lies beside what is made of it, and layers that auto-round has no room for
+        merged = estimate_bytes(parameters, Target.BF16)
+        return merged + int(merged * OFFLOADED) + estimate_bytes(parameters, Target.NF4) + _SMALL_FILES
     return estimate_bytes(parameters, to) + _SMALL_FILES

@@ -52,12 +52,17 @@ class MergeVerifier:
 
         Raises:
             MergeLossError: it lost too much, and that is not accepted.
-            EvaluationError: the text is too short, or the model cannot be loaded.
+            EvaluationError: the text is too short, the model cannot be loaded, or an adapter's folder changed.
         """
-        members = [
-            (path, member.weight) for path, member in zip(self._plan.request.adapters, self._plan.members, strict=True)
-        ]
-        report = compare_models(self._config, members, directory, self._texts, progress=self._progress)
+        paired = list(zip(self._plan.request.adapters, self._plan.members, strict=True))
+        report = compare_models(
+            self._config,
+            [(path, member.weight) for path, member in paired],
+            directory,
+            self._texts,
+            digests=[(path, member.version.digest) for path, member in paired],
+            progress=self._progress,
+        )
         self.report = report
         to = self._plan.request.to
         ways = (report.base, report.unmerged, report.merged)

@@ -47,7 +47,7 @@ class _DenseRows:
     """The `Rows` of a parameter that is stored in 16 or 32 bit."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = torch.atleast_1d(tensor)
+        self._tensor: Tensor = torch.atleast_1d(tensor)
         self.shape = tuple(self._tensor.shape)
 
     def read(self, start: int, stop: int) -> Tensor:

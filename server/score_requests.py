@@ -1,7 +1,8 @@
 """Between the messages of Score and Tokenize and the plain types of the engine; beside `convert.py`."""
 
-from collections.abc import Sequence
+import asyncio
 from dataclasses import dataclass
+from typing import Final
 
 from ..adapters.composition import Wish
 from ..protos.v1 import generation_pb2 as pb
@@ -12,6 +13,12 @@ from .engine.sampling_params import MAX_LOGPROBS
 from .engine.scored_text import ScoredText
 from .errors import BadRequestError, PromptTooLongError
 from .prompts import TextPrompt, TokenPrompt
+
+# Log probabilities of one answer, alternatives included. Each takes 18 bytes at most (a message's header and length, a
+# varint of 32 bit, a double), so an answer stays below the 4 MiB that gRPC clients receive unless told otherwise.
+MOST_LOGPROBS: Final = 200_000
+# Tokens after which other calls get their turn on the event loop: the messages of thousands take it a good while.
+_SLICE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ def scored_text(scoring: Scoring, token_ids: list[int], max_context: int) -> Sco
         max_context: most tokens of a request.
 
     Raises:
-        BadRequestError: there are too few tokens, or `first` is not one of them.
+        BadRequestError: there are too few tokens, `first` is not one of them, or the answer would be too large.
         PromptTooLongError: there are too many.
     """
     count = len(token_ids)
@@ -86,23 +93,34 @@ def scored_text(scoring: Scoring, token_ids: list[int], max_context: int) -> Sco
         raise BadRequestError(
             f"first is {first}; {field} has {count} tokens, so allowed: 1 to {count - 1}.", {"field": "first"}
         )
+    wanted = (count - first) * (1 + scoring.top_logprobs)
+    if wanted > MOST_LOGPROBS:
+        raise BadRequestError(
+            f"{count - first} tokens with top_logprobs {scoring.top_logprobs} are {wanted} log probabilities, and an "
+            f"answer holds {MOST_LOGPROBS}. Score it in windows, with `first` behind the tokens that are only context, "
+            "or ask for fewer top_logprobs.",
+            {"field": "top_logprobs" if scoring.top_logprobs else field},
+        )
     return ScoredText(token_ids, first, scoring.top_logprobs)
 
 
-def score_response(
-    request_id: str, by: convert.Answering, num_tokens: int, deltas: Sequence[Delta], end: Finished
+async def score_response(
+    request_id: str, by: convert.Answering, num_tokens: int, output: Delta, end: Finished
 ) -> pb.ScoreResponse:
     """The answer; `num_tokens` is the length of the text."""
-    scores = [score for delta in deltas for score in delta.logprobs]
-    return pb.ScoreResponse(
+    scores = output.logprobs
+    response = pb.ScoreResponse(
         request_id=request_id,
         adapter=by.adapter,
         adapters=by.adapters,
         first=num_tokens - len(scores),
-        logprobs=convert.logprobs(scores),
         num_tokens=num_tokens,
         cached_tokens=end.cached_tokens,
     )
+    for start in range(0, len(scores), _SLICE):
+        response.logprobs.extend(convert.logprobs(scores[start : start + _SLICE]))
+        await asyncio.sleep(0)
+    return response
 
 
 def _text(request: pb.ScoreRequest) -> TextPrompt | TokenPrompt:

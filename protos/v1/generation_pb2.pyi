@@ -211,7 +211,10 @@ class ScoreRequest(_message.Message):
     Unset: 1, all but the very first, which nothing comes before.
     """
     top_logprobs: _builtins.int
-    """top_logprobs asks for this many likeliest alternatives of each token, 0 to 20. Unset: 0."""
+    """top_logprobs asks for this many likeliest alternatives of each token, 0 to 20. Unset: 0. The scored tokens times one
+    more than this are at most 200,000, so that the answer stays below 4 MiB; more: INVALID_ARGUMENT. Score such a text
+    in windows.
+    """
     routing_key: _builtins.str
     """routing_key decides which target of an alias with several answers, as in GenerateRequest."""
     strength: _builtins.float

@@ -1,5 +1,6 @@
 """A merged model beside the base and the unmerged adapters that it was made of, on the same text."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -109,6 +110,7 @@ def compare_models(
     *,
     context: int | None = None,
     stride: int | None = None,
+    digests: Sequence[tuple[Path, str]] = (),
     progress: bool = False,
 ) -> ComparisonReport:
     """Evaluate base, unmerged adapters and merged model.
@@ -122,11 +124,13 @@ def compare_models(
         texts: held-out text, each on its own.
         context: tokens of a window; None: 1024, or what the model was trained for if that is less.
         stride: tokens between windows; None: half the context.
+        digests: adapter folders, with the version that was merged of each.
         progress: show bars on standard error.
 
     Raises:
         TextTooShortError: fewer than LEAST_TOKENS tokens can be scored.
-        EvaluationError: a model cannot be evaluated, or a size is not allowed.
+        EvaluationError: a model cannot be evaluated, a size is not allowed, only the adapter knows tokens of the text,
+            or a folder has another version by now.
         ServingError: the base or an adapter cannot be served.
     """
     try:
@@ -137,6 +141,7 @@ def compare_models(
     # Before minutes are spent on loading.
     cut_all(encoded, *choose_sizes(context, stride, 2**31), least=LEAST_TOKENS)
     with local_engine(config, [folder for folder, _ in members], context=context or 0, progress=progress) as engine:
+        _check_comparable(engine, encoded, digests)
         sizes = choose_sizes(context, stride, engine.max_context)
         windows = cut_all(encoded, *sizes, least=LEAST_TOKENS)
         model = TransformersModel(merged, device=engine.device, compute_dtype=engine.compute_dtype)
@@ -161,4 +166,23 @@ def compare_models(
             compute_dtype=str(engine.compute_dtype).removeprefix("torch."),
             context=sizes.context,
             stride=sizes.stride,
+        )
+
+
+def _check_comparable(
+    engine: LocalEngine, encoded: Sequence[Sequence[int]], digests: Sequence[tuple[Path, str]]
+) -> None:
+    """Raise EvaluationError unless all models can read the texts, and adapters are those that were merged."""
+    for folder, digest in digests:
+        if engine.digest(folder) != digest:
+            raise EvaluationError(
+                f"The adapter's folder changed while it was merged: {folder.name} is version "
+                f"{engine.digest(folder)[:12]}, and {digest[:12]} was merged. Merge it again.",
+                {"field": "adapter"},
+            )
+    if max(itertools.chain.from_iterable(encoded)) >= engine.vocab_size:
+        raise EvaluationError(
+            "The text uses tokens that only the adapter knows, so the base cannot be compared on it; give text without "
+            "them, or --unverified.",
+            {"field": "text"},
         )

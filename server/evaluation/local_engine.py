@@ -72,6 +72,15 @@ class LocalEngine:
         base = self._app.base  # counted by elements: on a CPU the vocabulary is in 16 bit whatever the compute type is
         return base.nf4_bytes + base.dense_elements * torch.bfloat16.itemsize
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the base knows are below it."""
+        return self._app.base.vocab_size
+
+    def digest(self, directory: Path) -> str:
+        """Of the version that was loaded from a folder."""
+        return self._app.manager.get(self._references[directory]).digest
+
     def adapter_bytes(self, directory: Path) -> int:
         """Bytes of an adapter's packed weights in 16 bit."""
         size = self._app.manager.get(self._references[directory]).bytes
@@ -147,6 +156,7 @@ class LocalEngine:
         adaptation = self._resolve(members)
         request = Request(f"evaluation/{next(self._numbers)}", prompt, params, adaptation, emit, scored=text)
         try:
+            self._check_ids(prompt if text is None else text.token_ids, adaptation)
             self._app.engine.submit(request)
         except BaseException:
             if adaptation is not None:
@@ -160,6 +170,18 @@ class LocalEngine:
             if isinstance(event, Finished):
                 return deltas
             deltas.append(event)
+
+    def _check_ids(self, token_ids: Sequence[int], adaptation: Adaptation | None) -> None:
+        """Raise EvaluationError for ids beyond the vocabulary: they would end the engine, not the request."""
+        size = self._app.composition.vocabulary(adaptation).size or self.vocab_size
+        largest = max(token_ids)
+        if largest >= size:
+            who = "the base" if adaptation is None else "the adapter"
+            raise EvaluationError(
+                f"The text has the token {largest}, and those that {who} knows are below {size}: evaluate it with an "
+                "adapter that knows the token, or give text without it.",
+                {"field": "text"},
+            )
 
     def _resolve(self, members: Members) -> Adaptation | None:
         wishes = [Wish(self._references[directory], weight, "adapter") for directory, weight in members]

@@ -182,6 +182,7 @@ def test_pieces_are_bounded_and_give_what_the_whole_gives():
         for piece in pieces:
             scorer.add(piece, logits[piece.rows].clone())
         found, row = scorer.take(), 0
+        assert scorer.take() == {} and not scorer._runs
         for request, start, count, _, num_scored in step.requests:
             rows = logits[row + count - num_scored : row + count].log_softmax(-1)
             row += count
@@ -197,3 +198,14 @@ def test_pieces_are_bounded_and_give_what_the_whole_gives():
                 assert [values[token].item() for token, _ in score.top] == pytest.approx(
                     values.topk(request.scored.num_top).values.tolist(), abs=1e-5
                 )
+
+
+def test_no_more_alternatives_than_the_vocabulary_has():
+    text = ScoredText([1, 2, 3, 0], 1, 20)
+    client: Any = World().client(text.prompt_token_ids, scored=text)
+    [piece] = cut_step(ScheduledStep([ScheduledRequest(client.request, 0, 3, False, 3)]), 8)
+    scorer = Scorer()
+    scorer.begin([piece])
+    scorer.add(piece, torch.randn(3, 5))
+    scores = scorer.take()[client.request]
+    assert scores is not None and [sorted(token for token, _ in score.top) for score in scores] == [list(range(5))] * 3

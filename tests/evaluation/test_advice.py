@@ -54,6 +54,8 @@ def test_little_measured_and_no_gain():
     assert "no merged way was measured" in advise(few)[1]
     assert "not measured here" in advise(few)[2]
     assert "does not lower" in advise({**few, Way.UNMERGED: result(Way.UNMERGED, 41)})[-1]
+    without = advise({**TABLE, Way.UNMERGED: result(Way.UNMERGED, 41)})
+    assert "not merged AutoRound: perplexity 23.00, mean" in without[1] and "does not lower" in without[-1]
 
 
 def test_a_table_keeps_what_was_measured_with_the_same_settings(tmp_path):
@@ -107,6 +109,10 @@ def test_the_command_says_what_to_run_and_what_is_wrong(merged, tmp_path, capsys
     other = ADAPTER.parent / "devil"
     assert cli.run(["advise", "--adapter", str(other), "--merged", str(merged)]) == 2
     assert "merged from another adapter" in capsys.readouterr().err
+    report = json.loads((merged / "merge_report.json").read_text())
+    (merged / "merge_report.json").write_text(json.dumps(report | {"to": "gptq"}))
+    assert cli.run(["advise", "--adapter", str(ADAPTER), "--merged", str(merged)]) == 2
+    assert "written as gptq, and only these are advised on: autoround, awq, bf16, nf4" in capsys.readouterr().err
     (merged / "merge_report.json").write_text("{}")
     assert cli.run(["advise", "--adapter", str(ADAPTER), "--merged", str(merged)]) == 2
     assert "no merge_report.json that can be read" in capsys.readouterr().err

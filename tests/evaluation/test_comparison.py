@@ -1,5 +1,6 @@
 """The engine in this process, and a merged model beside it, against what transformers and PEFT compute."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +136,31 @@ def test_bad_input(world: World, engine: LocalEngine, tmp_path: Path) -> None:
         TransformersModel(tmp_path, device=CPU, compute_dtype=torch.float32)
     with pytest.raises(EvaluationError, match="at most 512"):
         perplexities(engine, {"base": ()}, world.texts, context=513)
+
+
+def test_tokens_that_nobody_here_knows_are_refused_and_the_engine_goes_on(world: World, engine: LocalEngine) -> None:
+    members = ((world.adapter, 1.0),)
+    for tokens in ([5, 6, engine.vocab_size], [5, engine.vocab_size, 6]):
+        for who in ((), members):
+            with pytest.raises(EvaluationError, match=f"below {engine.vocab_size}"):
+                engine.score(tokens, 1, who)
+    assert len(engine.score([5, 6, engine.vocab_size - 1], 1, members)) == 2
+
+
+def test_a_merged_model_that_cannot_be_compared(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.merged, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(world.merged)
+    tokenizer.add_tokens(["nectar"])
+    tokenizer.save_pretrained(tmp_path / "merged")
+    members = ((world.adapter, 1.0),)
+    with pytest.raises(EvaluationError, match="only the adapter knows"):
+        compare_models(world.config, members, tmp_path / "merged", world.texts)
+    with pytest.raises(EvaluationError, match="changed while it was merged"):
+        compare_models(world.config, members, world.merged, world.texts, digests=[(world.adapter, "ab" * 32)])
+
+
+def test_the_base_is_counted_in_16_bit_whatever_it_is_held_in(engine: LocalEngine) -> None:
+    base = engine._app.base
+    dense = {p.data_ptr(): p for p in base.model.parameters()}.values()
+    assert {p.dtype for p in dense} == {torch.float32, torch.bfloat16}  # the vocabulary is not held in the compute type
+    assert engine.base_bytes == base.nf4_bytes + 2 * sum(p.numel() for p in dense)

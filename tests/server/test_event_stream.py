@@ -132,3 +132,6 @@ async def test_summary_tells_counts_and_never_text():
         "cached_tokens": 0,
     }
     assert "secret" not in str(summary)
+    scored = EventStream(is_scored=True)
+    scored.push(Delta("", (1, 2)))
+    assert scored.summary(0.0) == {"scored_tokens": 2}

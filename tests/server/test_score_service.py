@@ -1,10 +1,14 @@
 """Score and Tokenize over real gRPC in one process, on fakes: what reaches the engine, comes back, is refused."""
 
+import asyncio
+
 import pytest
 from lorikeet.protos.v1 import generation_pb2 as pb
 from lorikeet.server.client import score_request
+from lorikeet.server.convert import Answering
 from lorikeet.server.engine.request import Delta, Failed, Finished, FinishReason, Request, TokenLogprob
-from lorikeet.server.errors import DeadlineError
+from lorikeet.server.errors import BadRequestError, DeadlineError
+from lorikeet.server.score_requests import parse_scoring, score_response, scored_text
 
 from .fakes import MAX_CONTEXT, VOCAB_SIZE, FakeEngine, OnlyAccess, error_of, loopback, wait_for
 
@@ -79,6 +83,41 @@ async def test_bad_requests_are_blamed_on_their_field(fields, reason, field, wor
     assert (error.code, error.reason, error.metadata["field"]) == ("INVALID_ARGUMENT", reason, field)
     assert word in error.message
     assert not server.engine.submitted and server.adapters.pins == 0
+
+
+async def test_a_long_answer_is_built_in_slices_while_others_have_their_turn():
+    count = 300
+    scored = [TokenLogprob(i, -float(i), ((i, -0.5), (7, -1.0))) for i in range(count)]
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    end = Finished(FinishReason.SCORED, count, 0, 0)
+    output = Delta("", tuple(range(count)), tuple(scored))
+    response = await score_response("mine", Answering(pb.AdapterVersion(), ()), count + 1, output, end)
+    task.cancel()
+    assert turns >= count // 64
+    assert (response.first, [each.token_id for each in response.logprobs]) == (1, list(range(count)))
+    assert all([top.token_id for top in each.top] == [i, 7] for i, each in enumerate(response.logprobs))
+
+
+@pytest.mark.parametrize(("num_tokens", "top", "field"), [(200_002, 0, "token_ids"), (9_525, 20, "top_logprobs")])
+def test_an_answer_that_clients_could_not_receive_is_refused(num_tokens: int, top: int, field: str):
+    request = pb.ScoreRequest(token_ids=[2**20] * num_tokens, top_logprobs=top)
+    with pytest.raises(BadRequestError, match=r"200000. Score it in windows") as refused:
+        scored_text(parse_scoring(request), list(request.token_ids), 2**30)
+    assert refused.value.metadata["field"] == field
+    fits = scored_text(parse_scoring(request), list(request.token_ids)[:-1], 2**30)
+    assert len(fits.token_ids) == num_tokens - 1
+    alternative = pb.TopLogprob(token_id=2**32 - 1, logprob=-1.5)
+    largest = pb.TokenLogprob(token_id=2**32 - 1, logprob=-1.5, top=[alternative] * top)
+    answer = pb.ScoreResponse(logprobs=[largest] * (num_tokens - 2))
+    assert answer.ByteSize() < 0.9 * 4 * 2**20
 
 
 async def test_unknown_adapter_and_client_that_may_not():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lorikeet.adapters.merge import staging as staging_module
 from lorikeet.adapters.merge.errors import (
     MergeCancelledError,
     MergeDiskError,
@@ -87,10 +88,23 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         assert child.stdout is not None
         child.stdout.close()
     assert left in names(tmp_path)
-    (tmp_path / f".other{left[left.index('.merging-') :]}").mkdir()
+    others = (f".other{left[left.index('.merging-') :]}", f"{left}0", f".{out.name}.merging-notes")
+    for name in others:
+        (tmp_path / name).mkdir()
     with staged(out) as staging:
         (staging / "config.json").write_text("{}")
-    assert left not in names(tmp_path) and len(names(tmp_path)) == 2  # another output's is not ours to remove
+    assert names(tmp_path) == sorted((*others, out.name))  # another output's, or a user's, are not ours to remove
+
+
+def test_what_is_complete_is_not_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(directory: Path) -> None:
+        if directory == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(staging_module, "sync_directory", sync)
+    with pytest.raises(MergeUnwritableError, match="is complete, but"), staged(tmp_path / "out") as staging:
+        (staging / "config.json").write_text("{}")
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_directory_that_is_being_written_is_locked(tmp_path: Path) -> None:
