@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 PEERS, FORMATS = "peers", "formats"
 DEFAULT_SIZES = {
-    PEERS: Size(streams=(1, 8, 32), prompt=64, tokens=32, adapters=8, rounds=3),
+    PEERS: Size(streams=(1, 8, 32), prompt=64, tokens=16, adapters=8, rounds=3),
     # Only decode steps count, so prompts are short; differences are small, so there are more rounds.
     FORMATS: Size(streams=(8, 32), prompt=16, tokens=16, adapters=4, rounds=5),
 }
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     add("--only", choices=DEFAULT_SIZES, help="Lorikeet beside its peers, or the cost of each format [both]")
     add("--streams", type=int, nargs="+", help="requests at the same time [1 8 32; 8 32]")
     add("--prompt", type=int, help="tokens in each prompt [64; 16]")
-    add("--tokens", type=int, help="tokens to generate for each [32; 16]")
+    add("--tokens", type=int, help="tokens to generate for each [16; 16]")
     add("--adapters", type=int, help="random adapters, or of each format [8; 4]")
     add("--rank", type=int, default=16, help="of each adapter [16]")
     add("--rounds", type=int, help="times that every side runs [3; 5]")
