@@ -50,8 +50,6 @@ private:
     static constexpr uint64_t INSIDE = 0xFFFF, PLACES = INSIDE << 16, ONE_PLACE = 1 << 16;
 
     void start_threads(int wanted) {
-        const pid_t process = getpid();
-        if (process != process_) threads_ = 0, process_ = process;  // threads do not survive a fork
         for (; threads_ < wanted; threads_++) std::thread([this] { help(); }).detach();
     }
 
@@ -95,13 +93,23 @@ private:
     std::mutex running_, mutex_;
     std::condition_variable wake_;
     int threads_ = 0;
-    pid_t process_ = getpid();
 };
 
-// Never destroyed: its threads may outlive everything static.
+// Never destroyed: its threads may outlive everything static. A forked process gets one of its own, since neither threads
+// nor what they were waiting for survive a fork.
 Team& team() {
-    static Team* const only = new Team;
-    return *only;
+    struct Owned {
+        const pid_t process = getpid();
+        Team team;
+    };
+    static std::atomic<Owned*> current{nullptr};
+    Owned* found = current.load(std::memory_order_acquire);
+    while (found == nullptr || found->process != getpid()) {
+        Owned* const fresh = new Owned;
+        if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return fresh->team;
+        delete fresh;  // another thread was first
+    }
+    return found->team;
 }
 
 }  // namespace

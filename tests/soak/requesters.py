@@ -174,7 +174,9 @@ class Requester(Actor):
     def _may_be_lost(self, name: str, error: ServingError) -> bool:
         if error.message.startswith("Alias "):  # which does not say whose version was lost
             return bool(self.world.logs.lost or self.world.logs.forsaken) and "could not be loaded" in error.message
-        return self.world.was_lost(name) and ("failed to load" in error.message or "being loaded" in error.message)
+        # A request hears of a failed read before the log does.
+        is_lost = self.world.was_lost(name) or self.world.faults.happened_since("read", time.monotonic())
+        return is_lost and ("failed to load" in error.message or "being loaded" in error.message)
 
     def _check(self, ticket: Ticket) -> None:
         digest = ticket.version.digest if ticket.version is not None else ""
