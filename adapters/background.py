@@ -33,8 +33,10 @@ def normal_priority() -> None:
     """Leave the calling thread as it is."""
 
 
-def start_pool(size: int, name: str, set_priority: Callable[[], None]) -> ThreadPoolExecutor:
-    """A pool whose threads have a priority, and do torch's arithmetic alone instead of with a team of threads each.
+def start_pool(
+    size: int, name: str, set_priority: Callable[[], None], *, with_team: bool = False
+) -> ThreadPoolExecutor:
+    """A pool whose threads have a priority, and do torch's arithmetic alone unless `with_team` gives each its team.
 
     All threads are started here: `torch.set_num_threads` limits the calling thread but also becomes the default of
     threads that have not used torch yet, so it is put back before any other thread can see it. To be called before the
@@ -44,7 +46,8 @@ def start_pool(size: int, name: str, set_priority: Callable[[], None]) -> Thread
     def prepare() -> None:
         set_priority()
         torch.get_num_threads()  # a thread takes over the default at its first use of torch, not later
-        torch.set_num_threads(1)
+        if not with_team:
+            torch.set_num_threads(1)
 
     num_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(size, thread_name_prefix=name, initializer=prepare)

@@ -27,19 +27,21 @@ _log = structlog.get_logger(__name__)
 
 
 class Events(NamedTuple):
-    """Whom the loader tells, without any lock held.
+    """Whom the loader tells and asks, without any lock held.
 
     Attributes:
         on_ready: a version is on the device or has failed, or step_work has something to do.
         on_version_dropped: a version that requests still hold passed its drain deadline.
         on_progress: evictions may have to be reported.
         on_dead: the thread ended by an unexpected error: nothing will come to the device any more.
+        is_running: whether requests run now, which a copy on the CPU would take cores from.
     """
 
     on_ready: Callable[[], None]
     on_version_dropped: Callable[[AdapterVersion], None]
     on_progress: Callable[[], None]
     on_dead: Callable[[BaseException], None]
+    is_running: Callable[[], bool]
 
 
 class _Copy(NamedTuple):
@@ -82,6 +84,8 @@ class DeviceLoader:
         cuda = store.device.type == "cuda"
         # A copy on the CPU is work of the cores that the step thread's team runs on; on CUDA it is the device's.
         self._pool = start_pool(1, "adapter-device", normal_priority if cuda else low_priority)
+        # While nothing runs all cores may copy: on two of them that takes 0.8 of what one thread takes.
+        self._idle_pool = None if cuda else start_pool(1, "adapter-device-idle", low_priority, with_team=True)
         self._copy_stream = torch.cuda.Stream(store.device) if cuda else None
         # Where kernels that read the arena run; known once the step thread has called step_work.
         self.compute_stream = torch.cuda.default_stream(store.device) if cuda else None
@@ -96,6 +100,8 @@ class DeviceLoader:
             self._closed = True
             self._changed.notify_all()
         self._pool.shutdown(wait=True)
+        if self._idle_pool is not None:
+            self._idle_pool.shutdown(wait=True)
 
     def compacted(self) -> None:
         """The store has been compacted; called with the lock held."""
@@ -186,7 +192,10 @@ class DeviceLoader:
 
     def _write(self, copy: _Copy) -> None:
         if self._copy_stream is None:
-            self._store.write(copy.placement, copy.packed)
+            if self._idle_pool is None or self._events.is_running():
+                self._store.write(copy.placement, copy.packed)
+            else:
+                self._idle_pool.submit(self._store.write, copy.placement, copy.packed).result()
             return
         # Kernels already launched may still read the extent's previous owner.
         assert self.compute_stream is not None

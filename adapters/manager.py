@@ -58,6 +58,10 @@ FETCH_TIMEOUT_S: Final = 600.0
 _log = structlog.get_logger(__name__)
 
 
+def _nothing_runs() -> bool:
+    return False
+
+
 def _ignore(*_: object) -> None:
     """Default of the callbacks."""
 
@@ -93,6 +97,7 @@ class AdapterManager:
             the engine fails them and then deactivates and releases as usual. Set by the engine.
         on_dead: called on a loader thread that ends by an unexpected error: no adapter will come to the device any
             more, so the process should end.
+        is_running: whether requests run now; while none do, copies on a CPU may use every core. Set by the server.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class AdapterManager:
         self.on_ready: Callable[[], None] = _ignore
         self.on_version_dropped: Callable[[AdapterVersion], None] = _ignore
         self.on_dead: Callable[[BaseException], None] = _ignore
+        self.is_running: Callable[[], bool] = _nothing_runs
         self._roots = tuple(roots)
         self._options = LoadOptions(allow_zero, allow_other_base)
         self._core = ManagerCore(
@@ -157,6 +163,7 @@ class AdapterManager:
                 on_version_dropped=lambda version: self.on_version_dropped(version),
                 on_progress=self._core.report_evictions,
                 on_dead=lambda error: self.on_dead(error),
+                is_running=lambda: self.is_running(),
             ),
         )
         restore_names(self._core)

@@ -183,6 +183,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
     tokenizers = Tokenizers(base.tokenizer, detokenizers.backend, base.eos_token_ids, base.vocab_size)
     manager.make_tokenizer = tokenizers.make
     manager.on_version_dropped = engine.on_version_dropped
+    manager.is_running = engine.is_running
     manager.prover = GoldenProver(
         engine,
         manager.hold,

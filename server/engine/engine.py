@@ -141,6 +141,10 @@ class Engine:
         """A snapshot; costs nothing."""
         return dataclasses.replace(self._loop.stats, state=self._inbox.state)
 
+    def is_running(self) -> bool:
+        """Whether requests run now; may be 0.1 s late to notice the first."""
+        return self._loop.stats.running > 0
+
     def step(self) -> bool:
         """One round, returns whether there is more to do at once. What the thread repeats; for tests that have none."""
         return self._loop.step()

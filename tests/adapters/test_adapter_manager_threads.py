@@ -64,6 +64,26 @@ def test_unload_while_loading_wins(make_manager, many, monkeypatch):
     assert manager.list() == []
 
 
+def test_a_copy_takes_every_core_only_while_no_request_runs(make_manager, many, monkeypatch):
+    torch.set_num_threads(2)
+    try:
+        manager = make_manager()
+    finally:
+        torch.set_num_threads(1)
+    write, threads = manager.store.write, []
+
+    def recorded(*args):
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        write(*args)
+
+    monkeypatch.setattr(manager.store, "write", recorded)
+    for adapter, is_running in (("a0", True), ("a1", False), ("a2", True)):
+        manager.is_running = lambda is_running=is_running: is_running
+        manager.load(adapter)
+        manager.prefetch(adapter, Tier.DEVICE)
+    assert threads == [("adapter-device_0", 1), ("adapter-device-idle_0", 2), ("adapter-device_0", 1)]
+
+
 def test_failed_device_copy_fails_its_requests_and_nothing_else(make_manager, many, monkeypatch):
     manager = make_manager()
     manager.load("a0"), manager.load("a1")
