@@ -9,7 +9,6 @@ Prints ratios first and writes JSON and a plot.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -30,10 +29,10 @@ from lorikeet.server.logs import configure_logs
 from lorikeet.server.resolve import resolve_compute
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import base_of, parse_or_quick, parser_of
 from token_gaps import Window, watch_streams
 from workload import Workload, in_turn, write_random_adapters
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 SMALL_ADAPTERS, SMALL_RANK = 4, 8
 # All small ones together must be smaller than half a large one: see time_loads.
@@ -102,7 +101,7 @@ def main() -> int:
     )
     settings = {
         "command": "make bench-loading",
-        "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
+        "base": base_of(options),
         "adapters": what,
         "streams": options.streams,
         "prompt_tokens": options.prompt,
@@ -118,7 +117,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line; the defaults are what the numbers in docs/performance.md were made with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "threads", "device", "model", "out", "quick")
     add = parser.add_argument
     add("--streams", type=int, default=8, help="requests that decode at the same time [8]")
     add("--prompt", type=int, default=32, help="tokens in each prompt [32]")
@@ -126,14 +125,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=30.0, help="length of a window [30]")
     add("--rounds", type=int, default=5, help="pairs of a quiet window and one with loads [5]")
     add("--loads", type=int, default=5, help="loads of either large adapter that are timed without streams [5]")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads [one for each core]")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--model", type=Path, help="another base model's directory [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parse_or_quick(parser, QUICK)
 
 
 def watch_windows(

@@ -15,7 +15,6 @@ Needs 3 GB of temporary disk ($TMPDIR chooses which). Prints ratios first and wr
 
 import argparse
 import contextlib
-import os
 import shutil
 import statistics
 import sys
@@ -38,10 +37,10 @@ from lorikeet.server.logs import configure_logs
 from lorikeet.server.resolve import resolve_compute
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import base_of, parse_or_quick, parser_of
 from synthetic_trace import SLORA_SEED, TraceShape, synthetic_trace
 from trace_replay import Replay, TraceReplayer
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 # More of the linears would be more than 4 GB on disk for 2,000 adapters.
 TARGETS = ("q_proj", "v_proj")
@@ -125,7 +124,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line; the defaults are what the numbers in docs/performance.md were made with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "threads", "device", "model", "out", "quick")
     add = parser.add_argument
     add("--adapters", type=int, nargs="+", default=[5, 50, 200, 2000], help="numbers of adapters [5 50 200 2000]")
     add("--resident", type=int, default=50, help="adapters that memory is given for, host and device each [50]")
@@ -139,15 +138,8 @@ def parse() -> argparse.Namespace:
     add("--in-flight", type=int, default=64, help="requests in the engine while it is saturated [64]")
     add("--slo", type=float, default=6.0, help="seconds to the first token, with --rate [6]")
     add("--rounds", type=int, default=3, help="times that every number of adapters runs [3]")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads [one for each core]")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--kv-cache-bytes", default="512MiB", help="of each server [512MiB]")
-    add("--model", type=Path, help="another base model's directory [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parse_or_quick(parser, QUICK)
 
 
 def budget_bytes(options: argparse.Namespace, per_rank: int) -> int:
@@ -229,7 +221,7 @@ def report(options: argparse.Namespace, machine: dict[str, Any], series: Series,
     )
     settings = {
         "command": "make bench-trace",
-        "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
+        "base": base_of(options),
         "adapter_bytes_on_disk": disk_bytes,
         "budget_bytes": budget,
         **{name: value for name, value in vars(options).items() if name not in ("model", "out", "quick", "threads")},

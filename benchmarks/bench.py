@@ -12,7 +12,6 @@ takes many minutes, which is why `make setup` leaves it out.
 import argparse
 import dataclasses
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from lorikeet.server.base.demo import prepare_demo_base, prepare_demo_gguf
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.errors import BaseModelError
 from machine import describe_machine
+from options import parser_of
 from workload import Size
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 PEERS, FORMATS = "peers", "formats"
 DEFAULT_SIZES = {
@@ -85,7 +84,7 @@ def gguf_of(options: argparse.Namespace, config: ServerConfig) -> Path | None:
 
 def parse() -> argparse.Namespace:
     """The command line; the defaults are what the README's numbers were made with, those of --only formats second."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "threads", "model", "out")
     add = parser.add_argument
     add("--only", choices=DEFAULT_SIZES, help="Lorikeet beside its peers, or the cost of each format [both]")
     add("--streams", type=int, nargs="+", help="requests at the same time [1 8 32; 8 32]")
@@ -94,10 +93,7 @@ def parse() -> argparse.Namespace:
     add("--adapters", type=int, help="random adapters, or of each format [8; 4]")
     add("--rank", type=int, default=16, help="of each adapter [16]")
     add("--rounds", type=int, help="times that every side runs [3; 5]")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads [one for each core]")
-    add("--model", type=Path, help="another base model's directory [the demo base]")
     add("--gguf", type=Path, help="the same model as a GGUF file, for llama.cpp [the demo base's]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
     return parser.parse_args()
 
 

@@ -33,8 +33,8 @@ from gpu_sections import Budget, Results, Section, run_sections
 from gpu_timing import measure_bandwidth
 from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
+from options import RESULTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 BLOCK_SIZE = 16
 STEP_TOKENS = 8192

@@ -19,6 +19,7 @@ from effect import measure_effect
 from llama_side import LlamaSide, fastest_llama, why_missing
 from lorikeet_side import LorikeetSide
 from machine import one_line
+from options import base_of
 from report import Headline, Measure, Ratio, Report, agreement_line, as_json, as_text, write
 from transformers import AutoConfig
 from workload import Size, Workload, in_turn, write_random_adapters
@@ -113,7 +114,7 @@ def measure_beside_peers(
     report = Report(series, RATIOS, HEADLINES, missing)
     settings = {
         "command": "make bench",
-        "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
+        "base": base_of(options),
         "adapters": f"{size.adapters} adapters of rank {options.rank} on all linears",
         "prompt_tokens": size.prompt,
         "new_tokens": size.tokens,

@@ -25,10 +25,10 @@ from lorikeet.server.config import ServerConfig
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
+from options import parser_of
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 SLOTS = 1024
 ADAPTERS = 8  # that run
@@ -197,15 +197,13 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "out", "quick")
     add = parser.add_argument
     add("--only", nargs="+", choices=CURVES, help="curves to measure [all]")
     add("--steps", type=int, default=100, help="of each kind in a round, at each size [100]")
     add("--rounds", type=int, default=5, help="times that every size is measured [5]")
     add("--threads", type=int, default=1, help="CPU threads of torch [1]")
     add("--model", type=Path, help="directory of the tokenizer [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small sizes: does it run?")
     return parser.parse_args()
 
 

@@ -29,10 +29,10 @@ from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import parse_or_quick, parser_of
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 THIS, OTHER = "this", "compared with"
 QUICK = {"streams": [4], "tokens": 3, "repeats": 2, "rounds": 1, "clients": 1, "interval_ms": 10.0}
 
@@ -284,7 +284,7 @@ def _importable(checkout: Path) -> Iterator[Path]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "out", "quick")
     add = parser.add_argument
     add("--streams", type=int, nargs="+", default=[64, 128, 256, 512], help="at the same time [64 128 256 512]")
     add("--tokens", type=int, default=48, help="of a long answer [48]")
@@ -294,11 +294,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="times that everything runs, after once to warm up [3]")
     add("--compare", type=Path, help="another checkout, to measure its front beside this one's")
     add("--model", type=Path, help="directory of another tokenizer [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parse_or_quick(parser, QUICK)
 
 
 def report(options: argparse.Namespace, machine: dict[str, Any], series: Series) -> None:

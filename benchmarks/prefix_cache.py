@@ -11,7 +11,6 @@ Adapters are random ones over all linears. Prints ratios first, writes JSON and 
 """
 
 import argparse
-import os
 import queue
 import random
 import sys
@@ -36,10 +35,10 @@ from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import parse_or_quick, parser_of
 from tqdm import tqdm
 from workload import write_random_adapters
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 TIMEOUT_S = 600.0
 WITH, WITHOUT = "with", "without"
@@ -143,7 +142,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "threads", "model", "out", "quick")
     add = parser.add_argument
     add("--adapters", type=int, default=8, help="random adapters [8]")
     add("--rank", type=int, default=16, help="of each adapter, on all linears [16]")
@@ -152,13 +151,7 @@ def parse() -> argparse.Namespace:
     add("--turns", type=int, default=3, help="of a conversation; there is one for each adapter [3]")
     add("--tokens", type=int, default=16, help="of an answer [16]")
     add("--rounds", type=int, default=3, help="times that both servers take turns [3]")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads [one for each core]")
-    add("--model", type=Path, help="another base model's directory [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parse_or_quick(parser, QUICK)
 
 
 class Prompts:

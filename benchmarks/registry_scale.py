@@ -36,10 +36,10 @@ from lorikeet.adapters.weights_file import WEIGHTS_FILE
 from lorikeet.server.logs import configure_logs
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import parse_or_quick, parser_of
 from safetensors.torch import save
 from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 MODULE, WIDTH, RANK = "model.layers.0.mlp.up_proj", 8, 1
 RESIDENT = 32
@@ -88,16 +88,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "out", "quick")
     add = parser.add_argument
     add("--adapters", type=int, nargs="+", default=[10, 1000, 10000], help="known adapters [10 1000 10000]")
     add("--calls", type=int, default=20000, help="of each kind in a round [20000]")
     add("--rounds", type=int, default=5, help="times that every number of adapters is measured [5]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args()
+    return parse_or_quick(parser, QUICK)
 
 
 def write_tiny_adapters(folder: Path, count: int) -> list[str]:

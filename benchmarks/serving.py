@@ -36,6 +36,7 @@ from lorikeet.server.config import ServerConfig
 from lorikeet.server.resolve import resolve_compute
 from machine import describe_machine, one_line
 from measurement import Spread, ratio
+from options import base_of, parse_or_quick, parser_of
 from server_process import Server, running_server
 from serving_client import Seen
 from serving_run import ServingRun, Slo, evaluate
@@ -44,7 +45,6 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 SEED = 7
 SETTLE_S = 0.3
 TARGETS = ("q_proj", "v_proj")
@@ -168,7 +168,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "threads", "device", "model", "out", "quick")
     add = parser.add_argument
     add("--adapters", type=int, nargs="+", default=[1, 8, 50, 200, 2000], help="numbers of them [1 8 50 200 2000]")
     add("--resident", type=int, default=50, help="adapters that memory is given for, host and device each [50]")
@@ -185,15 +185,8 @@ def parse() -> argparse.Namespace:
     add("--slo-itl", type=float, default=0.5, help="mean seconds between the tokens of a good request [0.5]")
     add("--deadline", type=float, default=120.0, help="seconds that a call may take [120]")
     add("--rounds", type=int, default=2, help="times that every number of adapters runs [2]")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads [one for each core]")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--kv-cache-bytes", default="256MiB", help="of each server [256MiB]")
-    add("--model", type=Path, help="another base model's directory [the demo base]")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and plot [benchmarks/results]")
-    add("--quick", action="store_true", help="small defaults for everything: does it run?")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    options = parser.parse_args()
+    options = parse_or_quick(parser, QUICK)
     options.slo = Slo(options.slo_ttft, options.slo_itl)
     return options
 
@@ -297,7 +290,7 @@ def report(
         "machine": machine,
         "settings": {
             "command": "make bench-serving",
-            "base": "demo (SmolLM2-135M-Instruct), NF4, double quantization" if options.model is None else "--model",
+            "base": base_of(options),
             "capacity_requests_per_s": capacity,
             "rate_requests_per_s": shape.rate,
             "requests": shape.num_requests,

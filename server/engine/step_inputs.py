@@ -111,7 +111,6 @@ class StepInputs:
             context_lens[:count] = starts + lengths
         sampling = [number for number, item in enumerate(items) if item.samples]
         rows[: len(sampling)] = query_starts[1:][sampling] - 1
-
         rows[len(sampling) :] = 0
         if total < num_tokens or count < num_requests:
             host_ids[total:] = 0
