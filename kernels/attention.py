@@ -1,8 +1,8 @@
 """Paged attention over a KV cache in blocks: the operators `lorikeet::kv_write_` and `lorikeet::paged_attention`.
 
 This file owns their schemas, their contract (the fakes run the same checks as the implementations) and the choice of
-the implementation by device: `attention_cpu` in C++, `attention_triton` on CUDA. The oracle of both is
-`attention_reference`. Called on the step thread, once a layer, with the same step tensors for all layers.
+the implementation by device: `attention_cpu` in C++, `attention_triton` and `kv_write_triton` on CUDA. The oracle of
+all is `attention_reference`. Called on the step thread, once a layer, with the same step tensors for all layers.
 
 The step, by example: block_size 4, sequence 0 in the middle of its prompt (rows 0 to 2 of the flat batch are its
 positions 3 to 5), sequence 1 decoding its tenth token:
@@ -134,7 +134,7 @@ def _check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_s
         refuse(f"kv_slots is int64 [{k.shape[0]}], got {kv_slots.dtype} {tuple(kv_slots.shape)}")
 
 
-def _check_paged_attention(
+def check_paged_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -144,6 +144,7 @@ def _check_paged_attention(
     window: int,
     softcap: float,
 ) -> None:
+    """Raises RuntimeError where arguments of `paged_attention` break its contract."""
     _check_caches(q, k_cache, v_cache)
     _, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[0]
@@ -181,11 +182,11 @@ def _kv_write_cpu(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slo
 
 
 def _kv_write_cuda(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
-    from . import attention_triton  # CPU-only installs have no Triton
+    from . import kv_write_triton  # CPU-only installs have no Triton
 
     _check_kv_write(k, v, k_cache, v_cache, kv_slots)
     with torch.cuda.device_of(k):  # Triton launches on the current device, whatever its arguments are on
-        attention_triton.kv_write_(k, v, k_cache, v_cache, kv_slots)
+        kv_write_triton.kv_write_(k, v, k_cache, v_cache, kv_slots)
 
 
 def _paged_attention_fake(
@@ -201,7 +202,7 @@ def _paged_attention_fake(
     window: int,
     softcap: float,
 ) -> Tensor:
-    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
     return q.new_empty(q.shape)
 
 
@@ -218,7 +219,7 @@ def _paged_attention_cpu(
     window: int,
     softcap: float,
 ) -> Tensor:
-    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
     return attention_cpu.paged_attention(
         q, k_cache, v_cache, query_starts, context_lens, block_tables, max_context_len, scale, window, softcap
     )
@@ -239,7 +240,7 @@ def _paged_attention_cuda(
 ) -> Tensor:
     from . import attention_triton  # CPU-only installs have no Triton
 
-    _check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
+    check_paged_attention(q, k_cache, v_cache, query_starts, context_lens, block_tables, window, softcap)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
         return attention_triton.paged_attention(
             q,

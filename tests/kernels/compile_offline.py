@@ -23,6 +23,7 @@ import triton
 from lorikeet.kernels import (
     activation_triton,
     attention_triton,
+    kv_write_triton,
     lora_triton,
     nf4_triton,
     norm_triton,
@@ -135,7 +136,7 @@ def attention(max_query_len: int) -> None:
         0.0,
     )
     key = torch.empty(num_seqs, 8, 128, dtype=torch.bfloat16)
-    attention_triton.kv_write_(key, key, cache, cache, torch.zeros(num_seqs, dtype=torch.int64))
+    kv_write_triton.kv_write_(key, key, cache, cache, torch.zeros(num_seqs, dtype=torch.int64))
 
 
 def nf4() -> None:

@@ -149,9 +149,9 @@ class TestInterpreted:
     @pytest.mark.parametrize("name", ["mixed", "mha", "head-dim-48", "padding", "no-sequence", "no-sequence-padding"])
     @every_dtype(FP32, FP16, BF16)
     def test_writes_go_to_their_slots_and_nowhere_else(self, name: str, dtype: torch.dtype) -> None:
-        from lorikeet.kernels import attention_triton
+        from lorikeet.kernels import kv_write_triton
 
-        assert_writes(make_step(CASE[name], dtype), attention_triton.kv_write_)
+        assert_writes(make_step(CASE[name], dtype), kv_write_triton.kv_write_)
 
 
 @pytest.mark.gpu
