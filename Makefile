@@ -38,7 +38,7 @@ GPU_TEST_OPTIONS = $(shell "$(PY)" -P -c 'import xdist' 2>/dev/null && echo '-n 
 # The demo base comes from a package; nothing here asks a model hub.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup proto docs lint format type test test-gpu sanitize-gpu soak bench bench-loading bench-trace bench-serving bench-front bench-engine bench-prefix profile bench-gpu fidelity run demo clean
+.PHONY: help setup proto docs lint format type test test-gpu sanitize-gpu soak bench bench-loading bench-trace bench-serving bench-front bench-engine bench-prefix bench-merge profile bench-gpu fidelity run demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -68,6 +68,8 @@ define install
 	@PYTHONWARNINGS=ignore "$(PY)" -m pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check -c constraints.txt -e '.[$(1)]' || { \
 		echo 'make: the installation failed; pip says why above. Behind a proxy or mirror, set HTTPS_PROXY or PIP_INDEX_URL.' >&2; \
 		exit 1; }
+	@# A process that may not write bytecode would compile all of it at each start: a second or two.
+	@"$(PY)" -m compileall -q __init__.py adapters kernels protos server
 endef
 
 # What the C++ kernels are built from.
@@ -117,6 +119,7 @@ lint: $(DEV_READY) type ## style, types, stub drift, protobuf and deployment fil
 	@"$(PY)" -m ruff format --check .
 	@"$(PY)" protos/generate.py --check
 	@"$(PY)" docs/generate.py --check
+	@"$(PY)" protos/generate.py --imports .cache/googleapis
 	@"$(BIN)buf" lint
 	@PATH="$(if $(BIN),$(abspath $(BIN)):)$$PATH" deploy/lint.sh
 
@@ -150,6 +153,9 @@ bench-serving: $(DEV_READY) ## S-LoRA's trace over gRPC with 1 to 2,000 adapters
 
 bench-front: $(DEV_READY) ## what gRPC and streaming cost before the engine, at 64 to 512 streams
 	@$(OFFLINE) "$(PY)" benchmarks/front.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+bench-merge: $(DEV_READY) ## time between tokens while the server merges adapters, and compares the result
+	@$(OFFLINE) "$(PY)" benchmarks/merge_serving.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 fidelity: $(DEV_READY) ## what each way of deploying the demo's adapters costs; goes on where it was interrupted (about an hour)
 	@$(OFFLINE) "$(PY)" benchmarks/fidelity.py $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.blank import blank
 from .arena import ExtentAllocator, Move, aligned
 from .lora_shape import LoraShape
 from .packing import Override, PackedAdapter, Region
@@ -65,7 +66,7 @@ class DeviceStore:
         self.device = device
         self.max_slots = max_slots
         self._allocator = ExtentAllocator(budget_bytes // dtype.itemsize)
-        self.arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
+        self.arena = blank([self._allocator.capacity], dtype, device)
         self.site_offsets = torch.full((num_sites, max_slots), -1, dtype=torch.int64, device=device)
         self.site_ranks = torch.zeros((num_sites, max_slots, max_slices), dtype=torch.int32, device=device)
         self.site_affines = torch.full((num_sites, max_slots), -1, dtype=torch.int64, device=device)

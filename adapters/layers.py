@@ -26,23 +26,27 @@ class LoraLinear(nn.Module):
         base: maps [..., in_features] to a contiguous [..., out_features].
         site: which site it is.
         batch: the metadata of the current step, shared by all sites.
+
+    Attributes:
+        affines: int64 [max_slots], where its slots' gains and offsets are in the arena.
+        on_cpu: its low-rank deltas on a CPU; None elsewhere.
     """
 
     def __init__(self, base: nn.Module, site: Site, batch: LoraBatch) -> None:
         super().__init__()
         self.base = base
         self.site = site
-        self._batch = batch
+        self.batch = batch
         store = batch.store
         self._arena = store.arena
         self._offsets = store.site_offsets[site.index]  # [max_slots], a view: the store updates it in place
-        self._affines = store.site_affines[site.index]  # likewise
+        self.affines = store.site_affines[site.index]  # likewise
         self._ranks = store.site_ranks[site.index, :, : len(site.slices)]  # [max_slots, slices], likewise
         self._slice_widths = [piece.out_features for piece in site.slices]
-        self._on_cpu: LoraSite | None = None
+        self.on_cpu: LoraSite | None = None
         if store.device.type == "cpu":
             tables = self._arena, self._offsets, self._ranks
-            self._on_cpu = LoraSite(*tables, self._slice_widths, site.in_features)
+            self.on_cpu = LoraSite(*tables, self._slice_widths, site.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] in the compute dtype -> [..., out_features].
@@ -50,7 +54,7 @@ class LoraLinear(nn.Module):
         Rows are the flat batch in order; of the head those that it computes, and its result is as wide as the largest
         vocabulary among them (`OwnTensors.logits_width`): base rows have zeros beyond the base's ids.
         """
-        batch = self._batch
+        batch = self.batch
         if not batch.passes:
             return cast(Tensor, self.base(x))
         if batch.flat_rows is None and len(batch.passes) == 1:
@@ -67,13 +71,13 @@ class LoraLinear(nn.Module):
                     self._expand_(y, self._shrink(x, each), each, None)
         elif batch.is_adapted[self.site.index]:
             rows = batch.sampled_rows if self.site.is_head else batch.flat_rows
-            assert rows is not None and self._on_cpu is not None
-            self._on_cpu.add_(self._rows_of(y), x.reshape(-1, self.site.in_features), rows)
+            assert rows is not None and self.on_cpu is not None
+            self.on_cpu.add_(self._rows_of(y), x.reshape(-1, self.site.in_features), rows)
         return y
 
     def _with_one_pass(self, x: Tensor, only: Pass) -> Tensor:
         """The base's y with the deltas of a batch that has one pass."""
-        side = self._batch.side_stream
+        side = self.batch.side_stream
         max_rank = only.max_ranks[self.site.index]
         h = None
         if side is not None and max_rank and overlap.lora_runs_beside(x.numel() // self.site.in_features):
@@ -85,19 +89,19 @@ class LoraLinear(nn.Module):
                 side.join()
         else:
             y = cast(Tensor, self.base(x))
-        if self._batch.own.by_module:
+        if self.batch.own.by_module:
             y = self._with_own_tensors(x, y)
         has_affine = only.affines is not None and only.affines[self.site.index]
         if max_rank:
             h = self._shrink(x, only) if h is None else h
-            self._expand_(y, h, only, self._affines if has_affine else None)
+            self._expand_(y, h, only, self.affines if has_affine else None)
         elif has_affine:
             self._affine_(y, only)
         return y
 
     def _affine_(self, y: Tensor, each: Pass) -> None:
         starts, slots, _ = each.sampled if self.site.is_head else each.flat
-        lora.lora_affine_(self._rows_of(y), self._arena, self._affines, starts, slots)
+        lora.lora_affine_(self._rows_of(y), self._arena, self.affines, starts, slots)
 
     def _shrink(self, x: Tensor, each: Pass) -> Tensor:
         starts, slots, weights = each.sampled if self.site.is_head else each.flat
@@ -116,7 +120,7 @@ class LoraLinear(nn.Module):
 
     def _with_own_tensors(self, x: Tensor, y: Tensor) -> Tensor:
         """Put in what rows compute with their adapter's own tensors: y, or for a larger vocabulary a wider one."""
-        own = self._batch.own
+        own = self.batch.own
         if self.site.is_head and own.logits_width > self.site.out_features:
             y = F.pad(y, (0, own.logits_width - self.site.out_features))
         rows_x = x.reshape(-1, self.site.in_features)

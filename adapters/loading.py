@@ -22,6 +22,7 @@ from .record import Record
 from .source_reader import Source, SourceReader, StoredSource, trusting
 from .sources.locate import LocalSource, RemoteSource, SourcePolicy, locate
 from .version import AdapterVersion
+from .version_copies import link_files, write_files
 
 # Adapters read from disk at a time. Reading is bound by the disk and by one core a thread for hashing. Those that
 # requests wait for have threads of their own, so that a folder full of new adapters does not delay them; so have kept
@@ -138,6 +139,15 @@ class AdapterLoads:
             self._core.keep_files(loaded.digest, loaded.files, must=True)
         with self._core.changed:
             record.is_stored = True
+
+    def copy_files(self, version: AdapterVersion, target: Path) -> None:
+        """Put the files of a held version into a directory of their own; see AdapterManager."""
+        with self._core.storing(version.digest):
+            kept = self._core.state.store.get(version.digest)
+            if kept is not None:
+                link_files(kept, target)
+                return
+        write_files(self._wait_for(self._kept_pool, self._reader.read_kept, version).files, target)
 
     def read_again(self, version: AdapterVersion) -> None:
         """Bring back, on another thread, a host copy that was evicted; its memory is already claimed."""

@@ -434,6 +434,22 @@ class AdapterManager:
             self._registry.release(version)
             self._notify_if_wanted()
 
+    def copy_files(self, version: AdapterVersion, target: Path) -> None:
+        """Put the files of a version that the caller holds into a directory of their own; blocks.
+
+        They stay as they are whatever becomes of the version, and cost no room where the version store has them.
+
+        Args:
+            version: which one.
+            target: made here, with its parents.
+
+        Raises:
+            AdapterNoVersionError: its files are not kept, and where they came from is other content by now.
+            ServingError: as `load`.
+            OSError: the disk is full, or failed.
+        """
+        self._loads.copy_files(version, target)
+
     # For the engine's step thread.
 
     def try_activate(self, version: AdapterVersion) -> int | None:

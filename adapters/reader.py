@@ -15,6 +15,7 @@ from .errors import AdapterMemoryError, AdapterMismatchError, ServingError
 from .fingerprint import BaseFingerprint
 from .golden import GOLDEN_FILE, Golden, read_golden, serialize_golden
 from .info import LoadOptions
+from .merge.training_base import said_in_card
 from .modules import BaseWeights, ModuleTable
 from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
@@ -152,7 +153,13 @@ class AdapterReader:
         files = checkpoint.files
         if golden is not None:
             files[GOLDEN_FILE] = (serialize_golden(golden),)
-        if card.base_model_sha256 is not None:
-            # What was checked, not what is in the file by now.
-            files[CARD_FILE] = (f"---\n{HASH_KEY}: {card.base_model_sha256}\n---\n".encode(),)
+        kept = _kept_card(card.base_model_sha256, said_in_card(directory, roots))
+        if kept:
+            files[CARD_FILE] = (kept,)
         return LoadedAdapter(checkpoint.digest, packed, origin, files, golden, tokenizer)
+
+
+def _kept_card(base_model_sha256: str | None, said: str) -> bytes:
+    """What is kept of a card: what was checked, not what is in the file by now, and what a merge looks for in it."""
+    front = "" if base_model_sha256 is None else f"---\n{HASH_KEY}: {base_model_sha256}\n---\n"
+    return (front + (f"{said}\n" if said else "")).encode()

@@ -8,8 +8,10 @@ from typing import Any
 
 from measurement import Spread
 
-FLAT_LABELS = 6
+FLAT_LABELS = 4
 """More groups than that have slanted names, which would overlap."""
+UPRIGHT = 2
+"""More bars than that beside each other have upright numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +58,21 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
             medians = [s.median for s in spreads]
             errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
             at = [x + (i - (len(panel.bars) - 1) / 2) * width for x in range(len(panel.groups))]
-            bars = axes.bar(at, medians, width, yerr=errors, capsize=2, label=name)
-            axes.bar_label(bars, [f"{m:.3g}" for m in medians], fontsize=7, padding=2)
+            spread = {"yerr": errors, "capsize": 2} if any(map(any, errors)) else {}
+            bars = axes.bar(at, medians, width, label=name, **spread)
+            upright = 90 if len(panel.bars) > UPRIGHT else 0
+            axes.bar_label(bars, [f"{m:.3g}" for m in medians], fontsize=7, padding=2, rotation=upright)
         if panel.limit is not None:
             axes.axhline(panel.limit, color="black", linewidth=0.8, linestyle="--")
-        slant = {"rotation": 20, "ha": "right"} if most > FLAT_LABELS else {}
-        axes.set_xticks(range(len(panel.groups)), panel.groups, **slant)
+        slanted = most > FLAT_LABELS
+        slant = {"rotation": 25, "ha": "right"} if slanted else {}
+        names = [group.replace("\n", " ") if slanted else group for group in panel.groups]
+        axes.set_xticks(range(len(names)), names, **slant)
         axes.set_ylabel(panel.label)
         axes.margins(y=0.25)  # room for the legend above the bars
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.bars) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, fontsize=8, ncols=min(len(panel.bars), 4), loc="upper center")
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)

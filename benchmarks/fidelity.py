@@ -2,7 +2,9 @@
 
 For every adapter and its held-out text: the base in 16 bit and in NF4, the adapter unmerged on NF4 (through Lorikeet's
 own engine), merged into 16 bit onto both, and merged and quantized. Every result is kept as soon as it is there, so an
-interrupted run goes on where it was. Writes fidelity.json, fidelity.png and the page docs/fidelity.md.
+interrupted run goes on where it was. Then the decode steps of all ways of one adapter are timed in turns, which takes
+minutes and a machine that does nothing else: `--no-times` leaves that for later, `--times-only` does nothing else.
+Writes fidelity.json, fidelity.png and the page docs/fidelity.md of what there is.
 """
 
 import argparse
@@ -19,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import torch
 from bar_panels import Panel, write_result
 from corpora import SOURCES, load_corpus
+from fidelity_codes import unchanged_codes
 from fidelity_page import page, text_table
-from fidelity_ways import Setup, Subject, measure_ways
+from fidelity_steps import measure_steps, step_spreads
+from fidelity_ways import USUAL, Setup, Subject, kept_ways, measure_ways
 from lorikeet.adapters.inspection import inspect_directory
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config_loading import load_config
-from lorikeet.server.evaluation.measured import Way
+from lorikeet.server.evaluation.measured import MeasuredTable, StepTimes, Way
 from lorikeet.server.evaluation.report import PathResult
 from lorikeet.server.evaluation.texts import read_texts
 from lorikeet.server.logs import configure_logs
@@ -48,14 +52,29 @@ def main() -> int:
     machine = describe_machine()
     work = config.cache_dir / "fidelity" / "models"
     work.mkdir(parents=True, exist_ok=True)
-    setup = Setup(config, base, options.context, options.context // 2, options.iterations, work, options.fresh)
-    ways = [way for way in Way if not options.only or way.name.lower() in options.only]
+    timed = None if options.no_times else options.timed
+    sizes = options.context, options.context // 2
+    setup = Setup(config, base, *sizes, options.iterations, work, options.fresh and not options.times_only, timed)
+    ways = [way for way in Way if way.name.lower() in options.only] if options.only else list(USUAL)
     results: dict[str, dict[Way, PathResult]] = {}
     missing: dict[str, dict[Way, str]] = {}
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(options.adapter) * len(ways), unit="way") as bar:
-        for name in options.adapter:
-            subject = _subject(name, Path(scratch), config.cache_dir)
-            results[name], missing[name] = measure_ways(subject, setup, ways, bar)
+    steps: dict[str, StepTimes] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        names = dict.fromkeys([*options.adapter, options.timed])
+        subjects = {name: _subject(name, Path(scratch), config.cache_dir) for name in names}
+        with tqdm(total=len(options.adapter) * len(ways), unit="way", disable=options.times_only) as bar:
+            for name in options.adapter:
+                if options.times_only:
+                    results[name] = kept_ways(subjects[name], setup, ways)
+                    missing[name] = {way: "not yet" for way in ways if way not in results[name]}
+                else:
+                    results[name], missing[name] = measure_ways(subjects[name], setup, ways, bar)
+        unchanged = {name: unchanged_codes(subjects[name], setup) for name in results if Way.MERGED_NF4 in ways}
+        kept = MeasuredTable(config.cache_dir, subjects[options.timed].digest).steps()
+        if timed is not None and (kept is None or options.times_only or options.fresh):
+            kept = measure_steps(subjects[timed], setup, ways, one_line(machine))
+        if kept is not None:
+            steps[options.timed] = kept
     settings = {
         "command": "make fidelity",
         "base": "SmolLM2-135M-Instruct",
@@ -64,14 +83,16 @@ def main() -> int:
         "stride": setup.stride,
         "autoround_iterations": setup.iterations,
     }
-    sys.stdout.write(f"\n{text_table(results, missing)}\n\n{one_line(machine)}\n")
-    found = _json(results, missing, machine, settings)
+    sys.stdout.write(f"\n{text_table(results, missing, steps, unchanged)}\n\n{one_line(machine)}\n")
+    found = _json(results, missing, steps, unchanged, machine, settings)
     title = f"held-out text of each adapter\n{one_line(machine)}"
-    for path in write_result(options.out, "fidelity", found, _panels(results, ways), title):
+    for path in write_result(options.out, "fidelity", found, _panels(results, steps, ways), title):
         sys.stdout.write(f"wrote {path}\n")
     if not options.no_page:
         plot = os.path.relpath(options.out / "fidelity.png", options.page.parent)
-        options.page.write_text(page(results, missing, settings, one_line(machine), plot), encoding="utf-8")
+        options.page.write_text(
+            page(results, missing, steps, unchanged, settings, one_line(machine), plot), encoding="utf-8"
+        )
         sys.stdout.write(f"wrote {options.page}\n")
     return 0
 
@@ -81,7 +102,12 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--adapter", action="append", choices=sorted(SOURCES), help="measure this one (repeatable) [all four]")
     ways = [way.name.lower() for way in Way]
-    add("--only", action="append", choices=ways, help="measure this way (repeatable) [all]")
+    usual = ", ".join(way.name.lower() for way in USUAL)
+    add("--only", action="append", choices=ways, help=f"measure this way (repeatable) [{usual}]")
+    add("--timed", choices=sorted(SOURCES), default="austen", help="time the ways of this adapter [%(default)s]")
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument("--times-only", action="store_true", help="time the ways anew, and measure nothing else")
+    times.add_argument("--no-times", action="store_true", help="time nothing; times of an earlier run are shown")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON and plot go [%(default)s]")
     add("--page", type=Path, default=ROOT / "docs" / "fidelity.md", help="the page to write [%(default)s]")
     add("--no-page", action="store_true", help="do not write the page")
@@ -109,7 +135,12 @@ def _subject(name: str, scratch: Path, cache_dir: Path) -> Subject:
 
 
 def _json(
-    results: Results, missing: Mapping[str, Mapping[Way, str]], machine: dict[str, Any], settings: dict[str, Any]
+    results: Results,
+    missing: Mapping[str, Mapping[Way, str]],
+    steps: Mapping[str, StepTimes],
+    unchanged: Mapping[str, float],
+    machine: dict[str, Any],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "machine": machine,
@@ -118,14 +149,23 @@ def _json(
             name: {
                 "measured": {way.value: result.to_json() for way, result in found.items()},
                 "missing": {way.value: why for way, why in missing[name].items()},
+                "unchanged_nf4_values": unchanged.get(name),
             }
             for name, found in results.items()
+        },
+        "steps": {
+            name: {
+                "machine": times.machine,
+                "steps": times.steps,
+                "seconds": {way.value: values for way, values in times.seconds.items()},
+            }
+            for name, times in steps.items()
         },
     }
 
 
-def _panels(results: Results, ways: list[Way]) -> list[Panel]:
-    """Perplexity as a share of the NF4 base's, and the distance from the unmerged adapter, by way and adapter."""
+def _panels(results: Results, steps: Mapping[str, StepTimes], ways: list[Way]) -> list[Panel]:
+    """Perplexity over the NF4 base's, the distance from the unmerged adapter, and step time over the unmerged one's."""
     shown = [way for way in ways if way is not Way.BASE_NF4 and all(way in found for found in results.values())]
     panels: list[Panel] = []
     if all(Way.BASE_NF4 in found for found in results.values()) and shown:
@@ -141,6 +181,11 @@ def _panels(results: Results, ways: list[Way]) -> list[Panel]:
             for name, found in results.items()
         }
         panels.append(Panel("mean KL from unmerged, nats", [fill(way.value, 14) for way in apart], bars))
+    for name, times in steps.items():
+        ratios = {way: over for way, (_, over) in step_spreads(times).items() if over is not None}
+        if ratios:
+            label = f"decode step / unmerged ({name})"
+            panels.append(Panel(label, [fill(way.value, 14) for way in ratios], {name: list(ratios.values())}, 1.0))
     return panels
 
 

@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+from google.longrunning.operations_pb2_grpc import OperationsServicer
 from lorikeet.adapters.adapter_tokenizer import BASE_VOCABULARY, AdapterVocabulary
 from lorikeet.protos.v1.adapters_pb2_grpc import AdapterServiceServicer
+from lorikeet.protos.v1.merges_pb2_grpc import MergeServiceServicer
 from lorikeet.server.engine.detokenizer import DetokenizerFactory
 from lorikeet.server.engine.engine import SWITCH_INTERVAL_S
 from lorikeet.server.engine.output import Output
@@ -133,7 +135,8 @@ async def serve(model: Path, interval_s: float) -> None:
     loop = asyncio.get_running_loop()
     service = GenerationService(engine, _BaseOnly(), prompts, EventBridge(loop), MAX_CONTEXT)
     server = GrpcServer(4 * 2**20, ServerMetrics(CollectorRegistry(), 100).on_call)
-    port = await server.start("127.0.0.1", 0, service, AdapterServiceServicer())
+    others = AdapterServiceServicer(), MergeServiceServicer(), OperationsServicer()
+    port = await server.start("127.0.0.1", 0, service, *others)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     engine.thread.start()
     _answer({"port": port})

@@ -102,7 +102,11 @@ def running_server(arguments: Sequence[str], log: Path) -> Iterator[Server]:
         RuntimeError: it ended, or was not ready in time.
     """
     # What the environment sets for servers is not what is measured.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORIKEET_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("LORIKEET_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
     program = Path(sys.executable).parent / "lorikeet"
     begin = time.perf_counter()
     with log.open("wb") as stderr:

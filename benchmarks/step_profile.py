@@ -3,8 +3,11 @@
 The parts of `lorikeet serve` but gRPC, stepped by hand: base only and 8 mixed adapters, at 1, 8 and 32 streams. Clocks
 are put on the entry points of the operators and on the parts of the engine; steps with clocks and steps without take
 turns, so that what the clocks themselves cost is known. *Python overhead* is what a step takes outside of operators:
-the engine's parts, and the decoder's code between two operators, the clocks' own time included. Prints a table, writes
-JSON and a plot of stacked bars.
+the engine's parts, and the decoder's code between two operators, the clocks' own time included.
+
+All layers are one native call, into which no clock can look. So steps that call its operators one by one, as is done
+where the call is not known to fit, take turns with those that are served, and show what is inside. Prints a table of
+each way, writes JSON and a plot of stacked bars.
 """
 
 import argparse
@@ -16,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from lorikeet.adapters import layers
 from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.adapters.info import Tier
-from lorikeet.kernels import activation, attention, lora, norm, rope
+from lorikeet.kernels import activation, attention, decoder, lora, norm, rope
 from lorikeet.kernels.lora_site import LoraSite
 from lorikeet.server.app import App, assemble
 from lorikeet.server.base import linears
@@ -38,49 +40,15 @@ from lorikeet.server.logs import configure_logs
 from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import resolve_compute
 from machine import describe_machine, one_line
-from measurement import Spread
 from part_clock import PartClock, Timed
+from profile_report import ENGINE, LAYERS, ONE_BY_ONE, OPERATORS, SERVED, SMALL, Profile, as_json, draw, table
 from tqdm import tqdm
 from workload import in_turn, write_random_adapters
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 7
 BASE, MIXED = "base", "mixed"
-OPERATORS = ("linears", "head", "LoRA", "attention", "norms, rotation, activation", "sampling")
-ENGINE = ("decoder between operators", "schedule", "inputs", "detokenize, deliver, metrics, loop")
 QUICK = {"streams": [1, 2], "steps": 3, "rounds": 1, "adapters": 2, "prompt": 8}
-
-
-@dataclass(slots=True)
-class Profile:
-    """One number of streams of one kind.
-
-    Attributes:
-        name: as printed.
-        plain_ms: of each round, the median step without clocks.
-        clocked_ms: of each round, the mean step with clocks.
-        parts_ms: part -> of each round, the mean over its steps.
-    """
-
-    name: str
-    plain_ms: list[float] = field(default_factory=list)
-    clocked_ms: list[float] = field(default_factory=list)
-    parts_ms: dict[str, list[float]] = field(default_factory=dict)
-
-    def part(self, name: str) -> float:
-        """Milliseconds of a part, median over the rounds."""
-        return statistics.median(self.parts_ms[name])
-
-    @property
-    def python_ms(self) -> Spread:
-        """What is outside of operators, over the rounds."""
-        return Spread.of([sum(times) for times in zip(*(self.parts_ms[part] for part in ENGINE), strict=True)])
-
-    @property
-    def python_percent(self) -> Spread:
-        """The same as a share of the clocked step."""
-        outside = zip(*(self.parts_ms[part] for part in ENGINE), strict=True)
-        return Spread.of([100 * sum(times) / whole for times, whole in zip(outside, self.clocked_ms, strict=True)])
 
 
 def main() -> int:
@@ -105,7 +73,7 @@ def main() -> int:
             ]
         finally:
             stepper.close()
-    report(profiles, machine, options)
+    report({way: [each[way] for each in profiles] for way in (SERVED, ONE_BY_ONE)}, machine, options)
     return 0
 
 
@@ -143,19 +111,21 @@ class Stepper:
             self.app.manager.prefetch(name, Tier.DEVICE)
         self._draw = random.Random(SEED)
         self._failure = ""
+        self._lean = model.lean
         head: Any = model.site_module(model.site_table.sites[-1])
         loop: Any = self.app.engine._loop
         self.clock = PartClock(
             [
+                Timed(decoder, "_run_layers", LAYERS),
                 Timed(linears, "nf4_linear", "linears"),
                 Timed(head.base, "forward", "head"),
                 Timed(LoraSite, "add_", "LoRA"),
                 *(Timed(lora, name, "LoRA") for name in ("lora_shrink", "lora_expand_", "lora_affine_")),
                 Timed(layers.LoraLinear, "_with_own_tensors", "LoRA"),
                 Timed(attention, "paged_attention", "attention"),
-                *(Timed(norm, name, OPERATORS[4]) for name in ("rms_norm", "add_rms_norm_")),
-                Timed(rope, "rope_kv_write_", OPERATORS[4]),
-                Timed(activation, "silu_and_mul", OPERATORS[4]),
+                *(Timed(norm, name, SMALL) for name in ("rms_norm", "add_rms_norm_")),
+                Timed(rope, "rope_kv_write_", SMALL),
+                Timed(activation, "silu_and_mul", SMALL),
                 Timed(loop._sampler, "sample", "sampling"),
                 Timed(BaseModel, "logits", ENGINE[0]),
                 Timed(loop._scheduler, "schedule", "schedule"),
@@ -192,8 +162,10 @@ class Stepper:
         self.app.engine.step()
         self._failure = ""
 
-    def steps_ms(self, count: int) -> list[float]:
+    def steps_ms(self, count: int, way: str) -> list[float]:
         """Milliseconds of so many steps."""
+        if self._lean is not None:
+            self._lean.one_by_one = way == ONE_BY_ONE
         times = []
         for _ in range(count):
             begin = time.perf_counter_ns()
@@ -212,87 +184,48 @@ class Stepper:
             self._failure = event.error.message
 
 
-def profile(stepper: Stepper, streams: int, adapter_ids: Sequence[str], options: argparse.Namespace) -> Profile:
-    """Measure one number of streams."""
-    found = Profile(f"{streams} {MIXED if adapter_ids[0] else BASE}")
-    found.parts_ms = {part: [] for part in OPERATORS + ENGINE}
-    tokens = 2 * options.steps * (options.rounds + 1) + 8
+def profile(
+    stepper: Stepper, streams: int, adapter_ids: Sequence[str], options: argparse.Namespace
+) -> dict[str, Profile]:
+    """Measure one number of streams, each way."""
+    name = f"{streams} {MIXED if adapter_ids[0] else BASE}"
+    found = {way: Profile(name, parts_ms={part: [] for part in OPERATORS + ENGINE}) for way in (SERVED, ONE_BY_ONE)}
+    tokens = 4 * options.steps * (options.rounds + 1) + 8
     requests = stepper.start(streams, adapter_ids, options.prompt, tokens)
-    stepper.steps_ms(options.steps)  # warm
-    for _ in tqdm(range(options.rounds), desc=found.name):
-        found.plain_ms.append(statistics.median(stepper.steps_ms(options.steps)))
-        with stepper.clock.running():
-            whole = statistics.fmean(stepper.steps_ms(options.steps))
-        spent = {part: stepper.clock.spent[part] / 1e6 / options.steps for part in (OPERATORS + ENGINE)[:-1]}
-        spent[ENGINE[-1]] = whole - sum(spent.values())
-        found.clocked_ms.append(whole)
-        for part, milliseconds in spent.items():
-            found.parts_ms[part].append(milliseconds)
+    for way in found:
+        stepper.steps_ms(options.steps, way)  # warm
+    for _ in tqdm(range(options.rounds), desc=name):
+        for way, each in found.items():
+            each.plain_ms.append(statistics.median(stepper.steps_ms(options.steps, way)))
+            with stepper.clock.running():
+                whole = statistics.fmean(stepper.steps_ms(options.steps, way))
+            spent = {part: stepper.clock.spent[part] / 1e6 / options.steps for part in (OPERATORS + ENGINE)[:-1]}
+            spent[ENGINE[-1]] = whole - sum(spent.values())
+            each.clocked_ms.append(whole)
+            for part, milliseconds in spent.items():
+                each.parts_ms[part].append(milliseconds)
     stepper.end(requests)
     return found
 
 
-def report(profiles: Sequence[Profile], machine: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the table, write JSON and plot."""
-    lines = [f"{'':<36}" + "".join(f"{each.name:>17}" for each in profiles)]
-    lines.append(f"{'Python overhead, ms (median)':<36}" + "".join(f"{p.python_ms.median:>17.2f}" for p in profiles))
-    lines.append(
-        f"{'Python overhead, % of the step':<36}" + "".join(f"{p.python_percent.median:>17.1f}" for p in profiles)
-    )
-    lines += ["", "ms a step (% of it)"]
-    for part in OPERATORS + ENGINE:
-        cells = [(p.part(part), 100 * p.part(part) / statistics.median(p.clocked_ms)) for p in profiles]
-        lines.append(f"{part:<36}" + "".join(f"{f'{ms:.2f} ({percent:.1f})':>17}" for ms, percent in cells))
-    for title, pick in (("step with clocks", "clocked_ms"), ("step without", "plain_ms")):
-        lines.append(f"{title:<36}" + "".join(f"{statistics.median(getattr(p, pick)):>17.2f}" for p in profiles))
-    sys.stdout.write("\n" + "\n".join(lines) + f"\n\n{one_line(machine)}\n")
+def report(by_way: dict[str, list[Profile]], machine: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the tables, write JSON and plot."""
+    for way, profiles in by_way.items():
+        sys.stdout.write("\n" + "\n".join(table(way, profiles)) + "\n")
+    sys.stdout.write(f"\n{one_line(machine)}\n")
     settings = {name: getattr(options, name) for name in ("adapters", "rank", "prompt", "steps", "rounds", "threads")}
     result = {
         "machine": machine,
         "settings": {"command": "make profile", "base": "demo" if options.model is None else "--model", **settings},
-        "profiles": {
-            p.name: {
-                "python_ms": asdict(p.python_ms),
-                "python_percent": asdict(p.python_percent),
-                "step_ms": asdict(Spread.of(p.plain_ms)),
-                "clocked_step_ms": asdict(Spread.of(p.clocked_ms)),
-                "parts_ms": {part: asdict(Spread.of(times)) for part, times in p.parts_ms.items()},
-            }
-            for p in profiles
-        },
+        "profiles": {each.name: as_json(each) for each in by_way[SERVED]},
+        "one_by_one": {each.name: as_json(each) for each in by_way[ONE_BY_ONE]},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     paths = [options.out / f"step_profile.{kind}" for kind in ("json", "png")]
     paths[0].write_text(json.dumps(result, indent=2) + "\n")
-    draw(paths[1], profiles, f"a decode step, {options.threads} threads\n{one_line(machine)}")
+    draw(paths[1], by_way, f"a decode step, {options.threads} threads\n{one_line(machine)}")
     for path in paths:
         sys.stdout.write(f"wrote {path}\n")
-
-
-def draw(path: Path, profiles: Sequence[Profile], title: str) -> None:
-    """A stacked bar for each, in percent of its step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
-    below = [0.0] * len(profiles)
-    for part in OPERATORS + ENGINE:
-        heights = [100 * p.part(part) / statistics.median(p.clocked_ms) for p in profiles]
-        hatch = "//" if part in ENGINE else ""
-        axes.bar([p.name for p in profiles], heights, 0.7, below, label=part, hatch=hatch)
-        below = [a + b for a, b in zip(below, heights, strict=True)]
-    for i, each in enumerate(profiles):
-        axes.text(i, 101, f"{statistics.median(each.plain_ms):.1f} ms", ha="center", fontsize=8)
-    axes.set_ylabel("% of a decode step; hatched: outside of operators")
-    axes.set_ylim(0, 108)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

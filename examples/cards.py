@@ -71,6 +71,7 @@ Licence: {source.licence}.
 Source: Debian's package `{source.package}` {corpus.version}.
 {len(corpus.train):,} records to train on; {measured.records} held out, chosen by a hash of chapter or headword
 (`examples/heldout/{directory.name}.txt`).
+`calibration.txt` is some of the text that was trained on; `lorikeet merge` calibrates 4-bit models with it.
 
 ## Method
 

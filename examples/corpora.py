@@ -20,6 +20,7 @@ RECORD_CHARS = 460  # about 110 tokens; what is longer than LONGEST_CHARS (one v
 LONGEST_CHARS = 540
 HELDOUT_SHARE = 20  # one group in so many is held out
 HELDOUT_CHARS = 12_000  # size of the committed held-out file, about 3,000 tokens
+CALIBRATION_CHARS = 72_000  # about that of the text that an adapter carries, 16,384 tokens at least
 # A book of 1911 has entries whose point is a slur; nobody needs a demo that learns them.
 SLURS = re.compile(r"\b(nigg\w*|negro\w*|squaw\w*|mulatto\w*|chink|jap)\b", re.IGNORECASE)
 
@@ -77,6 +78,13 @@ def load_corpus(name: str, cache_dir: Path) -> Corpus:
             break
         chosen.extend(records)
     return Corpus(source, (root / "VERSION").read_text().strip(), train, chosen)
+
+
+def calibration_text(corpus: Corpus) -> str:
+    """Records from everywhere in the text that is trained on, to calibrate the quantization of a merged model with."""
+    records = [record.text for record in corpus.train]
+    wanted = min(len(records), CALIBRATION_CHARS * len(records) // sum(map(len, records)))
+    return "\n\n".join(records[index * len(records) // wanted] for index in range(wanted)) + "\n"
 
 
 def fetch_package(package: str, cache_dir: Path) -> Path:

@@ -1,8 +1,9 @@
 """Trains the four demo adapters with PEFT, one for each method: `python examples/train_adapters.py`.
 
 Takes a few minutes each on two CPU cores; uses CUDA when there is one. For each adapter it writes to `--out`
-`adapters/NAME/` (what PEFT saves, 16-bit, and a model card), `heldout/NAME.txt` (records separated by blank lines) and
-this adapter's numbers in `heldout/perplexity.json`. Texts come from Debian packages (see corpora.py).
+`adapters/NAME/` (what PEFT saves, 16-bit, a model card and some of the training text), `heldout/NAME.txt` (records
+separated by blank lines) and this adapter's numbers in `heldout/perplexity.json`. Texts come from Debian packages (see
+corpora.py).
 """
 
 import argparse
@@ -16,9 +17,10 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from cards import Measurement, write_card
-from corpora import Corpus, Record, load_corpus
+from corpora import Corpus, Record, calibration_text, load_corpus
 from evaluation import IGNORED, continuation, perplexity
 from lorikeet.server.base.demo import BASE_NAME, prepare_demo_base
+from lorikeet.server.merge_autoround import CARRIED_FILE
 from peft import AdaLoraModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.optimizers import create_loraplus_optimizer
 from recipes import RECIPES, Recipe
@@ -72,6 +74,7 @@ def train_one(name: str, recipe: Recipe, corpus: Corpus, base: Path, steps: int,
     seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     directory = out / "adapters" / name
     save_adapter(model, directory)
+    (directory / CARRIED_FILE).write_text(calibration_text(corpus), encoding="utf-8")
     del model
 
     heldout = [record.text for record in corpus.heldout]

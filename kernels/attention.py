@@ -67,7 +67,7 @@ def paged_attention(
         q: [num_tokens, num_heads, head_dim], float32, bfloat16 or float16, any strides; num_heads is a multiple of
             num_kv_heads, and query head h reads kv head h // (num_heads / num_kv_heads).
         k_cache: [num_kv_heads, num_blocks, block_size, head_dim], contiguous, dtype of `q`; holds this step's tokens
-            already. head_dim is a multiple of 8.
+            already.
         v_cache: as `k_cache`.
         query_starts: int32 [num_seqs + 1], ascending from 0.
         context_lens: int32 [num_seqs], tokens of each sequence, this step's included.
@@ -146,10 +146,8 @@ def check_paged_attention(
 ) -> None:
     """Raises RuntimeError where arguments of `paged_attention` break its contract."""
     _check_caches(q, k_cache, v_cache)
-    _, num_heads, head_dim = q.shape
+    num_heads = q.shape[1]
     num_kv_heads = k_cache.shape[0]
-    if head_dim % 8 != 0:
-        refuse(f"head_dim is a multiple of 8, got {head_dim}")
     if num_heads % num_kv_heads != 0:
         refuse(f"num_heads is a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
     for name, table, dims in (

@@ -1,5 +1,7 @@
 """Paged attention and cache writes on a CPU: the C++ kernels of `native`, and plain torch where there is no library.
 
+Plain torch also computes attention over heads whose width is no multiple of 8 (OpenLLaMA-3B: 100).
+
 The kernels read keys and values in place, each once for all query heads that share it, and compute in fp32. A row's
 result depends neither on the other sequences of the batch nor on the number of threads.
 """
@@ -33,6 +35,8 @@ _WRITE = (
 _write = function(*_WRITE)
 # Multiplications up to which a call takes some 100 us at most: less than getting Python's lock back may take.
 _BRIEF = 1 << 21
+LANES = 8
+"""The C++ attention takes heads whose width is a multiple of this."""
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
@@ -75,7 +79,7 @@ def paged_attention(
     """See `attention.paged_attention`."""
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * max_context_len
     attend = _attend_briefly if work <= _BRIEF else _attend
-    if attend is None:
+    if attend is None or q.shape[2] % LANES:
         return _attend_plainly(q, k_cache, v_cache, query_starts, context_lens, block_tables, scale, window, softcap)
     q = _with_whole_heads(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -71,6 +71,11 @@ class LoraSite:
         slice_widths: output width of each slice.
         in_features: input width.
 
+    Attributes:
+        arena: as given.
+        num_slots: that the tables have.
+        address: of the site for native/lora.cpp; valid as long as this object.
+
     Raises:
         RuntimeError: a tensor breaks this contract.
     """
@@ -93,12 +98,12 @@ class LoraSite:
                 f" got {ranks.dtype} {list(ranks.shape)}, strides {list(ranks.stride())}"
             ),
         )
-        self._arena, self._offsets, self._ranks = arena, offsets, ranks
+        self.arena, self._offsets, self._ranks = arena, offsets, ranks
         self._slice_widths = list(slice_widths)
         self._dtype = arena.dtype
         self._in_features, self._out_features = in_features, sum(slice_widths)
         self._width = in_features + self._out_features
-        self._num_slots = len(offsets)
+        self.num_slots = len(offsets)
         self._widths = (ctypes.c_int64 * len(slice_widths))(*slice_widths)
         self._tables = _SiteTables(
             arena.data_ptr(),
@@ -110,7 +115,7 @@ class LoraSite:
             len(slice_widths),
             TYPE_NUMBERS[arena.dtype],
         )
-        self._address = ctypes.addressof(self._tables)
+        self.address = ctypes.addressof(self._tables)
 
     def add_(self, y: Tensor, x: Tensor, rows: AdaptedRows) -> None:
         """Adds weight * B A x to y in place for all entries of `rows`; no other row is read or written.
@@ -126,11 +131,11 @@ class LoraSite:
         self._check("y", y, self._out_features, rows)
         self._check("x", x, self._in_features, rows)
         if _add is None or _add_briefly is None:
-            lora_cpu.lora_add_(y, x, self._arena, self._offsets, self._ranks, rows, self._slice_widths)
+            lora_cpu.lora_add_(y, x, self.arena, self._offsets, self._ranks, rows, self._slice_widths)
             return
         add = _add_briefly if len(rows.rows) * self._width <= _BRIEF else _add
         threads = torch.get_num_threads()
-        add(self._address, rows.address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), threads)
+        add(self.address, rows.address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), threads)
 
     def _check(self, name: str, matrix: Tensor, width: int, rows: AdaptedRows) -> None:
         shape, strides = matrix.shape, matrix.stride()
@@ -140,9 +145,9 @@ class LoraSite:
             and shape[1] == width
             and strides[1] == 1
             and shape[0] >= rows.num_rows
-            and rows.num_slots <= self._num_slots
+            and rows.num_slots <= self.num_slots
         ):
             refuse(
                 f"{name} must be {self._dtype} [{rows.num_rows} or more, {width}] with contiguous rows, and slots below"
-                f" {self._num_slots}, got {matrix.dtype} {list(shape)}, strides {list(strides)}, {rows.num_slots} slots"
+                f" {self.num_slots}, got {matrix.dtype} {list(shape)}, strides {list(strides)}, {rows.num_slots} slots"
             )

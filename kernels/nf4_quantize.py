@@ -25,14 +25,34 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, NestedAbsmax]:
     absmax = torch.empty(flat.numel() // BLOCK, dtype=torch.float32, device=weight.device)
     # In pieces: bitsandbytes' CPU quantizer needs about 6 bytes of temporaries for each element.
     for start in range(0, flat.numel(), _QUANTIZE_ELEMENTS):
-        piece = flat[start : start + _QUANTIZE_ELEMENTS]
-        packed, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
-        codes[start // 2 : start // 2 + packed.numel()] = packed.view(-1)
-        absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
-    # The second level is over the whole weight, as `compress_statistics=True` does it: mean off, 8 bit, blocks of 256.
+        packed, largest = quantize_blocks(flat[start : start + _QUANTIZE_ELEMENTS])
+        codes[start // 2 : start // 2 + packed.numel()] = packed
+        absmax[start // BLOCK : start // BLOCK + largest.numel()] = largest
+    return codes, nest_absmax(absmax)
+
+
+def quantize_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The first level alone, of a piece of a weight.
+
+    Args:
+        values: any shape, float16, bfloat16 or float32, a multiple of 64 of them from the beginning of a block on.
+
+    Returns:
+        codes uint8 [n / 2] and constants float32 [n / 64].
+    """
+    packed, state = bnb.quantize_4bit(values.reshape(-1), blocksize=BLOCK, quant_type="nf4")
+    return packed.view(-1), state.absmax
+
+
+def nest_absmax(absmax: Tensor) -> NestedAbsmax:
+    """The second level, which is over a whole weight: as `compress_statistics=True`, mean off, 8 bit, blocks of 256.
+
+    Args:
+        absmax: float32 [n], one for each block of the weight.
+    """
     offset = absmax.mean()
     quantized, second = bnb.quantize_blockwise(absmax - offset, blocksize=GROUP)
-    return codes, _nest(quantized, second, offset)
+    return _nest(quantized, second, offset)
 
 
 def read_absmax(state: bnb.QuantState) -> Absmax:

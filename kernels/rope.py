@@ -147,7 +147,7 @@ def _rope_kv_write_plainly_(
     kv_write_(heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:], k_cache, v_cache, kv_slots)
 
 
-def _check(
+def check_rotation(
     qkv: Tensor,
     rotations: Tensor,
     k_cache: Tensor,
@@ -155,6 +155,7 @@ def _check(
     kv_slots: Tensor,
     head_norm: Tensor | None,
 ) -> None:
+    """Raises RuntimeError where arguments of `rope_kv_write_` break its contract."""
     dtype, cache_shape = qkv.dtype, k_cache.shape
     if dtype not in _FLOATS:
         refuse(f"expected float32, bfloat16 or float16, got {dtype}")
@@ -202,7 +203,7 @@ def _rope_kv_write_cpu_(
     head_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+    check_rotation(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
     rotate = _rotate_briefly if qkv.numel() <= _BRIEF else _rotate
     if rotate is None:
         _rope_kv_write_plainly_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
@@ -239,7 +240,7 @@ def _rope_kv_write_cuda_(
 ) -> None:
     from . import rope_triton  # CPU-only installs have no Triton
 
-    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+    check_rotation(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device, whatever its arguments are on
         rope_triton.rope_kv_write_(qkv, rotations, k_cache, v_cache, kv_slots, head_norm, eps)
 
@@ -253,7 +254,7 @@ def _rope_kv_write_fake_(
     head_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    _check(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
+    check_rotation(qkv, rotations, k_cache, v_cache, kv_slots, head_norm)
 
 
 torch.library.impl("lorikeet::rope_kv_write_", "CPU", _rope_kv_write_cpu_)

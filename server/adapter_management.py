@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapters.info import AdapterDetails, AdapterInfo, AliasInfo, LoadOptions, LoadPlan, Tier
+from ..adapters.version import AdapterVersion
 
 
 class AdapterManagement(Protocol):
@@ -63,6 +64,18 @@ class AdapterManagement(Protocol):
 
     def list_aliases(self) -> Sequence[AliasInfo]:
         """Describe all aliases."""
+        ...
+
+    def resolve(self, reference: str, routing_key: str = "") -> AdapterVersion:
+        """Hold the version that a reference means; does not block, and needs one release."""
+        ...
+
+    def release(self, version: AdapterVersion) -> None:
+        """Let go of a version that was held."""
+        ...
+
+    def copy_files(self, version: AdapterVersion, target: Path) -> None:
+        """Put the files of a held version into a directory of their own, where they stay as they are."""
         ...
 
     def describe(self, reference: str) -> AdapterDetails:

@@ -16,7 +16,6 @@ from ..adapters.manager import AdapterManager
 from ..adapters.state.state_dir import StateDir, open_state_dir
 from ..adapters.watcher import AdapterWatcher
 from ..kernels.native.functions import library_name
-from .base.demo import BASE_NAME, prepare_demo_base
 from .base.loader import load_base
 from .base.model import BaseModel
 from .base.selfcheck import check_unproven_family
@@ -30,6 +29,7 @@ from .engine.runner import Runner
 from .engine.sampler import Sampler
 from .engine.scheduler import Scheduler
 from .errors import ConfigError
+from .lean_imports import lean_imports
 from .lifecycle import Ready, serve_until_stopped
 from .metrics import ServerMetrics
 from .metrics_state import StateCollector
@@ -40,7 +40,6 @@ from .tokenizers import Tokenizers
 
 log = structlog.stdlib.get_logger(__name__)
 
-DEMO = "demo"
 # A golden file's prompts run among everybody's requests, and its adapter may have to wait for device memory.
 PROOF_TIMEOUT_S = 120.0
 # A call that comes while a folder's files are replaced one by one must not make a version of old and new ones.
@@ -75,11 +74,13 @@ class App:
     registry: CollectorRegistry
 
 
-def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
+def run_server(config: ServerConfig, source: str, name: str, announce: Callable[[Ready], None]) -> int:
     """Load and serve until SIGTERM, SIGINT or the engine's death.
 
     Args:
         config: checked settings.
+        source: directory or hub id of the base.
+        name: its public name, where it is not `source`; else "".
         announce: called once, when calls are answered.
 
     Returns:
@@ -91,14 +92,10 @@ def run_server(config: ServerConfig, announce: Callable[[Ready], None]) -> int:
     compute = resolve_compute(config)
     policy = PolicyHolder(config.policy)
     torch.set_num_threads(compute.threads)
-    demo = config.model == DEMO
-    base = load_base(
-        str(prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)) if demo else config.model,
-        device=compute.device,
-        compute_dtype=compute.dtype,
-        cache_dir=config.cache_dir,
-        name=BASE_NAME if demo else "",
-    )
+    with lean_imports():  # what transformers computes this model with comes in only now
+        base = load_base(
+            source, device=compute.device, compute_dtype=compute.dtype, cache_dir=config.cache_dir, name=name
+        )
     check_unproven_family(base)
     try:
         app = assemble(config, compute, base, policy)

@@ -7,6 +7,7 @@ configuration or the model is at fault; 130 interrupted.
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -49,8 +50,11 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         if arguments[:1] == ["serve"]:
-            from .cli_serve import serve
-
+            gc.disable()  # what comes in stays
+            try:
+                from .cli_serve import serve
+            finally:
+                gc.enable()
             return serve(arguments[1:])
         return _run(build_parser().parse_args(arguments))
     except KeyboardInterrupt:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .cli_merge import add_merge_rules
+
 _REFERENCE = "an id, or id@digest-prefix for one version"
 
 
@@ -43,6 +45,8 @@ def add_adapters(parser: argparse.ArgumentParser, client: argparse.ArgumentParse
     unpin.add_argument("adapter", metavar="ID", help="an id")
     text = "Names that lead to versions, at once and by weight."
     _add_alias(commands.add_parser("alias", help=text, description=text), client, as_json)
+    text = "Merge adapters into the base on the server, as a model below its --merge-dir."
+    _add_merge(commands.add_parser("merge", help=text, description=text), client, as_json)
     _add_local(commands, as_json)
 
 
@@ -112,6 +116,34 @@ def _add_alias(
     delete = commands.add_parser("delete", parents=[client], help="make an alias unknown to later requests")
     delete.add_argument("name", metavar="NAME", help="the alias")
     commands.add_parser("list", parents=[client, as_json], help="list all aliases")
+
+
+def _add_merge(
+    parser: argparse.ArgumentParser, client: argparse.ArgumentParser, as_json: argparse.ArgumentParser
+) -> None:
+    commands = parser.add_subparsers(dest="merge_command", metavar="COMMAND", required=True)
+    text = "Merge, and show how far it is until it is done; interrupted, the merge is cancelled."
+    start = commands.add_parser("start", parents=[client, as_json], help=text, description=text)
+    start.add_argument(
+        "adapters",
+        nargs="+",
+        type=weighted_adapter,
+        metavar="ID[:WEIGHT]",
+        help="an id, an alias with one target or id@digest-prefix, and what its effect is multiplied by [1]; of "
+        "several, up to 8, the sum is merged",
+    )
+    start.add_argument("--output", required=True, metavar="NAME", help="the model's directory below --merge-dir")
+    start.add_argument("--detach", action="store_true", help="print the operation's name and do not wait for it")
+    add_merge_rules(start)
+    text = "List the merges that the server remembers."
+    commands.add_parser("list", parents=[client, as_json], help=text, description=text)
+    for name, text in (
+        ("get", "Show how far a merge is, or what became of it."),
+        ("cancel", "Let a merge end; nothing is left of it."),
+        ("delete", "Forget a merge that has ended; its model stays."),
+    ):
+        command = commands.add_parser(name, parents=[client, as_json][: 2 if name == "get" else 1], help=text)
+        command.add_argument("operation", metavar="OPERATION", help="its name, as `start` and `list` show it")
 
 
 def _add_local(

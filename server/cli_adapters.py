@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from ..protos.v1 import adapters_pb2 as pb
+from .cli_merges import run_merges
 from .cli_print import DIGEST_DIGITS, as_dict, mebibytes, print_json, print_json_value, print_table
 from .client import LoadOptions, LorikeetClient
 
@@ -23,6 +24,8 @@ def run_adapters(client: LorikeetClient, options: argparse.Namespace) -> int:
     """
     if options.adapters_command == "alias":
         _ALIAS_COMMANDS[options.alias_command](client, options)
+    elif options.adapters_command == "merge":
+        run_merges(client, options)
     else:
         _COMMANDS[options.adapters_command](client, options)
     return 0

@@ -17,8 +17,11 @@ _SAME_TEXT: Final = 1e-2  # nats
 _WAYS: Final = {
     ("original", "bf16"): Way.MERGED_ONTO_ORIGINAL,
     ("nf4", "bf16"): Way.MERGED_ONTO_NF4,
+    ("original", "fp32"): Way.MERGED_FP32_ONTO_ORIGINAL,
+    ("nf4", "fp32"): Way.MERGED_FP32_ONTO_NF4,
     **{(onto, "autoround"): Way.MERGED_AUTOROUND for onto in ("original", "nf4")},
     **{(onto, "awq"): Way.MERGED_AWQ for onto in ("original", "nf4")},
+    **{(onto, "gptq"): Way.MERGED_GPTQ for onto in ("original", "nf4")},
     **{(onto, "nf4"): Way.MERGED_NF4 for onto in ("original", "nf4")},
 }
 

@@ -6,10 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from ..adapters.merge.errors import MergeLossError
 from ..adapters.merge.loss_rule import refuse_before
 from ..adapters.merge.targets import DENSE, Onto, Target
+
+# Of --to, what its words alone do not say.
+_FORMS: Final = "awq is the algorithm of that name in its layout, gptq AutoRound's values in GPTQ's layout"
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -32,28 +36,37 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="what an adapter's effect is multiplied by; one for each --adapter, in the same order [1]",
     )
+    add("--out", required=True, type=Path, metavar="DIR", help="the model's directory; must not be there yet")
+    add_merge_rules(parser)
+
+
+def add_merge_rules(parser: argparse.ArgumentParser) -> None:
+    """The flags that a merge has here and on a server."""
+    add = parser.add_argument
     add(
         "--onto",
         choices=list(Onto),
         help="the weights that adapters are added to: the 16-bit ones, or the values of the NF4 ones, on which QLoRA "
         "adapters are trained and which a server holds [what the adapters' files say, else nf4]",
     )
-    add("--to", choices=list(Target), default=Target.BF16, help="what the result is written as [%(default)s]")
-    add("--out", required=True, type=Path, metavar="DIR", help="the model's directory; must not be there yet")
+    add(
+        "--to", choices=list(Target), default=Target.BF16, help=f"what the result is written as: {_FORMS} [%(default)s]"
+    )
     add(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text for autoround, awq and gptq, at least 2,048 tokens, best of what the adapter was trained on",
+        help="text for autoround, awq and gptq, at least 2,048 tokens, best of what the adapter was trained on [here: "
+        "calibration.txt in the adapter's folder]",
     )
-    add("--iterations", type=int, default=20, metavar="N", help="of auto-round for each layer, 1 to 1000 [%(default)s]")
+    add("--iterations", type=int, default=20, metavar="N", help="of autoround and gptq, 1 to 1000 [%(default)s]")
     verified = parser.add_mutually_exclusive_group(required=True)
     verified.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
         help="held-out text of the kind that the adapter was trained on: base, unmerged and merged are compared on "
-        "it, and what gives up more than half of the gain is not written",
+        "it, and what gives up more than half of the gain is not written [none]",
     )
     verified.add_argument("--unverified", action="store_true", help="write the model without comparing it")
     add(
@@ -117,6 +130,9 @@ def merge(options: argparse.Namespace) -> int:
     for warning in plan.warnings:
         sys.stderr.write(f"lorikeet: warning: {warning}\n")
     sys.stderr.write(f"merging onto {plan.onto.onto}: {plan.onto.reason}\n")
+    if plan.calibration is not None and options.calibration is None:
+        carried = " and ".join(f"{path.parent.name}/{path.name}" for path in plan.calibration.files)
+        sys.stderr.write(f"calibrating on {carried}, which the adapter carries\n")
     config = load_config(["--model", options.model])
     config = config.model_copy(update={"adapter_allow_other_base": options.allow_other_base})
     progress = sys.stderr.isatty()

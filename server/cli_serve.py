@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .addresses import DEFAULT_ADDRESS, require_free
+from .base.demo import BASE_NAME, DEMO, prepare_demo_base
 from .config import ServerConfig
 from .config_loading import load_config
 from .errors import ConfigError
@@ -33,6 +34,10 @@ def serve(arguments: Sequence[str]) -> int:
     check_surroundings(config)
     # Until the event loop takes the signal over. As a container's first process, the default would be to ignore it.
     signal.signal(signal.SIGTERM, _end)
+    source, name = config.model, ""
+    if config.model == DEMO:
+        # Before the lean imports: to prepare it, at the first start, takes all of transformers.
+        source, name = str(prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)), BASE_NAME
     # Imports torch and transformers, which takes seconds; what can be wrong without them has been reported by now.
     with lean_imports():
         from .app import run_server
@@ -48,7 +53,7 @@ def serve(arguments: Sequence[str]) -> int:
         )
         sys.stdout.flush()
 
-    return run_server(config, announce)
+    return run_server(config, source, name, announce)
 
 
 def _end(number: int, frame: object) -> NoReturn:
@@ -59,14 +64,28 @@ def check_surroundings(config: ServerConfig) -> None:
     """Fail before the model is loaded if something about this machine is not as the settings say.
 
     Raises:
-        ConfigError: an adapter directory is missing or an address is taken.
+        ConfigError: a directory is missing or cannot be what it is meant for, or an address is taken.
     """
     for directory in config.adapters:
         if not directory.is_dir():
             raise ConfigError(f"--adapters names {directory}, which is not a directory.")
+    if config.merge_dir is not None:
+        check_merge_dir(config.merge_dir, config.adapters)
     require_free("gRPC", config.host, config.port, "--")
     if config.metrics:
         require_free("/metrics", config.metrics_host, config.metrics_port, "--metrics-")
+
+
+def check_merge_dir(directory: Path, adapters: Sequence[Path]) -> None:
+    """Raise ConfigError unless merged models can be written there."""
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"--merge-dir names {directory}, which is no directory that this user may write to.")
+    for watched in adapters:
+        if directory.resolve().is_relative_to(watched.resolve()):
+            raise ConfigError(
+                f"--merge-dir names {directory}, which lies in a directory of --adapters, whose subfolders are "
+                "adapters; give another."
+            )
 
 
 def client_command(address: str, adapter_ids: Sequence[str]) -> str:
@@ -95,7 +114,5 @@ def prepare_demo(cache_dir: Path | None) -> int:
     """
     config = load_config([] if cache_dir is None else ["--cache-dir", str(cache_dir)])
     configure_logs(config.log_level, config.log_format)
-    from .base.demo import prepare_demo_base
-
     sys.stdout.write(f"{prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)}\n")
     return 0

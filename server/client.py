@@ -5,6 +5,7 @@
             print(event.delta.text, end="", flush=True)
         client.generate(prompt="In the beginning", adapters={"kjv": 0.7, "devil": 0.3})
         client.set_alias("prod", {"kjv@3f9c": 9, "kjv@81d0": 1})
+        client.merges.follow(client.merges.start({"kjv": 1.0}, "kjv-merged", texts=[held_out]))
 
 Importing it costs no torch and no server code. One client serves any number of threads.
 """
@@ -23,6 +24,7 @@ from ..protos.v1.adapters_pb2_grpc import AdapterServiceStub
 from ..protos.v1.generation_pb2_grpc import GenerationServiceStub
 from .access import CLIENT_KEY, check_client_name
 from .addresses import DEFAULT_ADDRESS
+from .client_merges import MergeCalls
 from .status import remote_error
 
 _CHANNEL_OPTIONS = [
@@ -135,6 +137,9 @@ class LorikeetClient:
         timeout_s: deadline of each call in seconds; None waits for as long as it takes.
         client_name: who calls, for the server's policy file; printable ASCII. Empty: nobody in particular.
 
+    Attributes:
+        merges: starts and follows merges.
+
     Raises:
         ValueError: client_name cannot be sent.
     """
@@ -149,6 +154,7 @@ class LorikeetClient:
         self._generation: Any = GenerationServiceStub(self._channel)
         self._adapters: Any = AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.merges = MergeCalls(self._channel, self._call)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> generation_pb2.GenerateResponse:
         """The whole output at once."""

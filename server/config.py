@@ -142,6 +142,32 @@ class ServerConfig(BaseSettings):
         "Unset: a private one that goes with the process.",
     )
 
+    merge_dir: Path | None = _field(
+        "Merging",
+        None,
+        "Directory that MergeService writes merged models into. Unset: it merges nothing.",
+    )
+    merge_max_queued: int = _field(
+        "Merging",
+        8,
+        "Most merges that wait while one runs; one more gets RESOURCE_EXHAUSTED. 0 to 1000.",
+        ge=0,
+        le=1000,
+    )
+    merge_threads: int = _field(
+        "Merging",
+        1,
+        "CPU threads of a merge, 1 to 1024.",
+        ge=1,
+        le=1024,
+    )
+    merge_priority: Literal["idle", "low", "normal"] = _field(
+        "Merging",
+        "idle",
+        "When a merge gets a core: idle, when nobody else wants it; low, seldom else (nice 19), so that it ends on a "
+        "machine that is never idle, too; normal, like the server.",
+    )
+
     policy: Path | None = _field(
         "Policy",
         None,

@@ -44,6 +44,34 @@ class ClientNotAllowedError(ServingError):
     reason = "CLIENT_NOT_ALLOWED"
 
 
+class MergeNotConfiguredError(ServingError):
+    """The server was not told where merged models go."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "MERGE_NOT_CONFIGURED"
+
+
+class MergeQueueFullError(ServingError):
+    """Too many merges are waiting."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "MERGE_QUEUE_FULL"
+
+
+class OperationNotFoundError(ServingError):
+    """There is no operation of that name, not any more, or not for this client."""
+
+    code = Code.NOT_FOUND
+    reason = "OPERATION_NOT_FOUND"
+
+
+class OperationNotDoneError(ServingError):
+    """The operation has to end first."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "OPERATION_NOT_DONE"
+
+
 class DrainingError(ServingError):
     """The server is shutting down and accepts nothing new."""
 

@@ -1,22 +1,31 @@
 """The gRPC server around the services: options, health, reflection, and the order in which it goes down."""
 
 import grpc
+from google.longrunning import operations_pb2  # type: ignore[import-untyped]
+from google.longrunning.operations_pb2_grpc import (  # type: ignore[import-untyped]
+    OperationsServicer,
+    add_OperationsServicer_to_server,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from ..protos.v1 import adapters_pb2, generation_pb2
+from ..protos.v1 import adapters_pb2, generation_pb2, merges_pb2
 from ..protos.v1.adapters_pb2_grpc import AdapterServiceServicer, add_AdapterServiceServicer_to_server
 from ..protos.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+from ..protos.v1.merges_pb2_grpc import MergeServiceServicer, add_MergeServiceServicer_to_server
 from .addresses import cannot_listen, join_address
 from .interceptors import ErrorInterceptor, OnCall
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 ADAPTER_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
+MERGE_SERVICE = merges_pb2.DESCRIPTOR.services_by_name["MergeService"].full_name
+OPERATIONS_SERVICE = operations_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
+SERVICES = (GENERATION_SERVICE, ADAPTER_SERVICE, MERGE_SERVICE, OPERATIONS_SERVICE)
 
 # What a health check can ask for; "" is the server as a whole.
-HEALTH_NAMES = ("", GENERATION_SERVICE, ADAPTER_SERVICE)
+HEALTH_NAMES = ("", *SERVICES)
 
 KEEPALIVE_OPTIONS = [
     # Find clients that vanished without a word, so that their requests do not run to the end for nobody.
@@ -49,7 +58,13 @@ class GrpcServer:
         self._health = health.HealthServicer()
 
     async def start(
-        self, host: str, port: int, generation: GenerationServiceServicer, adapters: AdapterServiceServicer
+        self,
+        host: str,
+        port: int,
+        generation: GenerationServiceServicer,
+        adapters: AdapterServiceServicer,
+        merges: MergeServiceServicer,
+        operations: OperationsServicer,
     ) -> int:
         """Listen and report SERVING.
 
@@ -61,10 +76,10 @@ class GrpcServer:
         """
         add_GenerationServiceServicer_to_server(generation, self._server)
         add_AdapterServiceServicer_to_server(adapters, self._server)
+        add_MergeServiceServicer_to_server(merges, self._server)
+        add_OperationsServicer_to_server(operations, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (GENERATION_SERVICE, ADAPTER_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server
-        )
+        reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         try:
             bound = self._server.add_insecure_port(join_address(host, port))
         except RuntimeError as error:

@@ -25,7 +25,7 @@ from .status import error_status
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
 MAX_CLIENT_LENGTH = 128
-PACKAGE = "lorikeet."
+PACKAGES = ("lorikeet.", "google.longrunning.")
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -41,7 +41,7 @@ OnCall = Callable[[str, str, str], None]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every RPC of package `lorikeet`; others (health, reflection) pass untouched.
+    """Wraps every RPC of package `lorikeet` and of operations; others (health, reflection) pass untouched.
 
     Args:
         on_call: called with method, gRPC code name and ErrorInfo reason ("" when there is none) as each call ends.
@@ -59,7 +59,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.removeprefix("/").partition("/")
         # None: there is no such method; gRPC then answers UNIMPLEMENTED.
-        if handler is None or not service.startswith(PACKAGE) or handler.request_streaming:
+        if handler is None or not service.startswith(PACKAGES) or handler.request_streaming:
             return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(

@@ -16,7 +16,9 @@ from .addresses import join_address
 from .event_stream import EventBridge
 from .generation_service import GenerationService
 from .grpc_server import GrpcServer
+from .merge_service import MergePlace, MergeService
 from .metrics_server import MetricsServer
+from .operations_service import OperationsService
 from .prompts import PromptEncoder
 
 if TYPE_CHECKING:
@@ -109,6 +111,10 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
         )
         adapters = AdapterService(app.manager, app.policy)
         stack.callback(adapters.close)
+        place = MergePlace(config, app.base.fingerprint, app.state.incoming)
+        merges = MergeService(app.manager, place, app.metrics, app.policy)
+        await loop.run_in_executor(None, merges.clear_leftovers)
+        stack.push_async_callback(merges.close)
 
         metrics_url = None
         if config.metrics:
@@ -116,11 +122,12 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
             stack.callback(metrics_server.close)
             metrics_url = f"http://{join_address(config.metrics_host, metrics_server.port)}/metrics"
         server = GrpcServer(config.max_message_bytes, app.metrics.on_call)
-        port = await server.start(config.host, config.port, generation, adapters)
+        operations = OperationsService(merges.operations, app.policy)
+        port = await server.start(config.host, config.port, generation, adapters, merges, operations)
         stack.push_async_callback(server.stop, 0)
 
         # What is there now stays. The collector would go through all of it, half a million objects, every now and then,
-        # with the interpreter lock in its hands: 0.5 s without a token (a core of an AMD EPYC, Zen 3; 2026-11-23).
+        # with the interpreter lock in its hands: at least 0.5 s without a token (AMD EPYC, Zen 3; 2026-11-23).
         gc.collect()
         gc.freeze()
         announce(
@@ -135,6 +142,7 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
         )
         await _first_of(signals.first, died)
         await server.stop_serving()
+        merges.stop()
         if not died.is_set():
             # New calls get DRAINING from the engine while those in flight go on.
             drain = loop.run_in_executor(None, app.engine.drain, config.drain_timeout_s)

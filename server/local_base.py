@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .base.checkpoint import resolve_source
-from .base.demo import BASE_NAME, prepare_demo_base
+from .base.demo import BASE_NAME, DEMO, prepare_demo_base
 from .base.loader import BaseOutline, outline_base
 from .config_loading import load_config
-
-DEMO = "demo"
 
 
 class LocalBase(NamedTuple):

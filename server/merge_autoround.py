@@ -8,15 +8,18 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters.merge.errors import MergeError
@@ -25,23 +28,29 @@ from ..adapters.merge.targets import Target
 from .base.loader import read_tokenizer
 from .errors import ConfigError
 
+# The text that an adapter learnt, or some of it, where its folder carries that.
+CARRIED_FILE: Final = "calibration.txt"
 # Tokens of a calibration sample, and how many samples are used. Fewer than the fewest say too little about a layer.
 SAMPLE_TOKENS: Final = 128
 FEWEST_SAMPLES: Final = 16
-MOST_SAMPLES: Final = 128
+# AWQ computes each block on all samples 60 times over, and needs few (arXiv 2306.00978).
+_MOST_SAMPLES: Final = {Target.AUTOROUND: 128, Target.AWQ: 32, Target.GPTQ: 128}
 # What auto-round may write of a model's layers while it works, as a share of the model's bytes (0.16.1, `offload.py`).
 OFFLOADED: Final = 1.2
 _BATCH: Final = 8
 _POLL_S: Final = 0.2
 _LOG_LINES: Final = 3
 # auto-round's name of a layout, and whether its 4-bit values are symmetric, as the readers of that layout expect.
+# What is rounded how: AWQ's layout by AWQ, i.e. weights scaled by their inputs (its search for scales, without that for
+# clipping) and rounded to the nearest; the other two by AutoRound, which learns how to round. GPTQ's own algorithm is
+# not in auto-round, so `gptq` names the layout alone.
 _FORMATS: Final = {
     Target.AUTOROUND: ("auto_round", True),
     Target.AWQ: ("auto_awq", False),
     Target.GPTQ: ("auto_gptq", True),
 }
-# What it writes when a block of layers is done (0.16.1, `orchestrator.py`).
-_BLOCK_DONE: Final = "layers in the block"
+# Its progress bar, in which it tells of blocks of layers (0.16.1, `orchestrator.py`).
+_BLOCKS_DONE: Final = re.compile(r"Quantizing [^|\r\n]*\|[^|\r\n]*\| (\d+)/\d+ ")
 # Weights that share a scale; the layouts need rows that divide into groups, and NF4 has seen to blocks of 64.
 _GROUPS: Final = (128, 64)
 
@@ -51,53 +60,67 @@ class Calibration:
     """Text that a quantization is measured on.
 
     Attributes:
+        files: that it was read from.
         tokens: int64 [samples, SAMPLE_TOKENS].
     """
 
+    files: tuple[Path, ...]
     tokens: Tensor
 
 
-def require_autoround(to: Target, calibration: Path | None) -> None:
+def calibration_files(given: Path | None, adapters: Sequence[Path]) -> tuple[Path, ...]:
+    """Where the text is: what was given, else what the adapters' folders carry of the text that they learnt."""
+    if given is not None:
+        return (given,)
+    return tuple(path for folder in adapters if (path := folder / CARRIED_FILE).is_file())
+
+
+def require_autoround(to: Target, files: Sequence[Path]) -> None:
     """Raise ConfigError unless auto-round is installed and there is a text to calibrate with."""
     if importlib.util.find_spec("auto_round") is None:
         raise ConfigError(
             f"--to {to} needs the Python package auto-round, which is not installed. Install it with `pip install "
             "'lorikeet-server[merge]'`."
         )
-    if calibration is None:
+    if not files:
         raise ConfigError(
             f"--to {to} needs text to calibrate with: give a file of it with --calibration, best of the kind that the "
-            "adapter was trained on."
+            f"adapter was trained on, or put it into the adapter's folder as {CARRIED_FILE}."
         )
 
 
-def calibrate(model: Path, file: Path) -> Calibration:
+def calibrate(model: Path, files: Sequence[Path], to: Target) -> Calibration:
     """Read a calibration text.
 
     Args:
         model: directory whose tokenizer reads it.
-        file: UTF-8 text.
+        files: UTF-8 texts, one at least.
+        to: one of CALIBRATED.
 
     Raises:
-        ConfigError: it cannot be read, or is too short.
+        ConfigError: one cannot be read, or they are too short.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"--calibration names {file}, which is not UTF-8 text.") from None
-    except OSError as error:
-        raise ConfigError(f"--calibration names {file}, which cannot be read: {error.strerror}.") from error
+    text = "\n\n".join(map(_read_text, files))
     ids = read_tokenizer(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // SAMPLE_TOKENS
     if count < FEWEST_SAMPLES:
         raise ConfigError(
-            f"The calibration text {file} is too short: it has {len(ids)} tokens, and at least "
+            f"The calibration text {', '.join(map(str, files))} is too short: it has {len(ids)} tokens, and at least "
             f"{FEWEST_SAMPLES * SAMPLE_TOKENS} are needed."
         )
     samples = torch.tensor(ids[: count * SAMPLE_TOKENS]).view(count, SAMPLE_TOKENS)
     # From everywhere in the text.
-    chosen = torch.linspace(0, count - 1, min(count, MOST_SAMPLES)).long()
-    return Calibration(samples[chosen])
+    chosen = torch.linspace(0, count - 1, min(count, _MOST_SAMPLES[to])).long()
+    return Calibration(tuple(files), samples[chosen])
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"The calibration text {file} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ConfigError(f"The calibration text {file} cannot be read: {error.strerror}.") from error
 
 
 def quantize(
@@ -119,7 +142,7 @@ def quantize(
             of memory lies beside it meanwhile.
         to: one of CALIBRATED.
         calibration: text.
-        iterations: for each block.
+        iterations: of AutoRound for each block.
         blocks: decoder layers, for the progress.
         progress: told of blocks.
         check: asked several times a second.
@@ -154,7 +177,7 @@ def quantize(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
                 check()
-                found = _read_log(log).count(_BLOCK_DONE)
+                found = _blocks_done(_read_log(log))
                 if found != done:
                     done = found
                     progress(f"Quantizing ({to})", done, blocks)
@@ -177,10 +200,40 @@ def _flatten(out: Path) -> None:
         made.rmdir()
 
 
+def _blocks_done(log: str) -> int:
+    """How many blocks of layers the process has told of."""
+    told = _BLOCKS_DONE.findall(log)
+    return int(told[-1]) if told else 0
+
+
 def _read_log(log: Any) -> str:
     """Everything that the process has written so far; the file's position, which is the process's, stays."""
     size = os.fstat(log.fileno()).st_size
     return os.pread(log.fileno(), size, 0).decode(errors="replace")
+
+
+def round_dense(directory: Path) -> None:
+    """Store what is not quantized in 16 bit: on a CPU without bfloat16 auto-round computes in float32, and writes that.
+
+    Args:
+        directory: a quantized model; shards are read and written one by one. The type is the one that its config names.
+    """
+    config = directory / "config.json"
+    settings = json.loads(config.read_text())
+    dtype = torch.float16 if settings.get("dtype") == "float16" else torch.bfloat16
+    total = 0
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(file)
+        if any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+            tensors = {k: v.to(dtype) if v.dtype == torch.float32 else v.clone() for k, v in tensors.items()}
+            save_file(tensors, file, {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    config.write_text(json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        index.write_text(
+            json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": total}}, indent=2) + "\n"
+        )
 
 
 def main() -> None:
@@ -194,6 +247,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given["source"], local_files_only=True)
     samples = [torch.tensor([sample]) for sample in given["tokens"]]
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    how: dict[str, Any] = {"alg_configs": "awq"} if given["to"] == Target.AWQ else {"iters": given["iterations"]}
     quantizer = AutoRound(
         model,
         tokenizer,
@@ -201,7 +255,7 @@ def main() -> None:
         group_size=next(group for group in _GROUPS if not any(linear.in_features % group for linear in linears)),
         sym=symmetric,
         dataset=samples,
-        iters=given["iterations"],
+        **how,
         seqlen=SAMPLE_TOKENS,
         nsamples=len(samples),
         batch_size=min(_BATCH, len(samples)),
@@ -210,6 +264,8 @@ def main() -> None:
         seed=0,
     )
     quantizer.quantize_and_save(given["out"], format=layout)
+    for directory in Path(given["out"]).iterdir():
+        round_dense(directory)
 
 
 if __name__ == "__main__":

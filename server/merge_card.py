@@ -7,7 +7,7 @@ from typing import Final
 
 from .. import __version__
 from ..adapters.card import CARD_FILE
-from ..adapters.merge.targets import DENSE
+from ..adapters.merge.targets import CALIBRATED, DENSE, Target
 from .merge_plan import MergePlan
 
 # Seen on the demo base with the adapter kjv (2026-11-23): served again in NF4, the merged model answered as the base.
@@ -15,6 +15,11 @@ AGAIN_IN_NF4: Final = (
     "Quantized to NF4 again, which is what `lorikeet serve` does with every 16-bit model, it loses most of what the "
     "adapter adds: run it in 16 bit, or serve the adapter unmerged."
 )
+_QUANTIZED: Final = {
+    Target.AUTOROUND: "by AutoRound, in its layout",
+    Target.AWQ: "by AWQ (scales, no clipping), in its layout",
+    Target.GPTQ: "by AutoRound, in GPTQ's layout",
+}
 _PACKAGES: Final = ("torch", "transformers", "bitsandbytes", "safetensors")
 
 
@@ -36,7 +41,9 @@ def write_card(directory: Path, plan: MergePlan, measured: Sequence[str]) -> Non
         f"{_cell(member.origin.report.method)} |"
         for member in plan.members
     ]
-    versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    to = plan.request.to
+    packages = (*_PACKAGES, "auto-round") if to in CALIBRATED else _PACKAGES
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     shown = name if plan.base.fingerprint.certain else Path(name).name
     (directory / CARD_FILE).write_text(
         "\n".join(
@@ -61,11 +68,11 @@ def write_card(directory: Path, plan: MergePlan, measured: Sequence[str]) -> Non
                 "|---|---|",
                 f"| base | {_cell(shown)}, hash `{plan.base.fingerprint.sha256}` |",
                 f"| merged onto | {plan.onto.onto}: {_cell(plan.onto.reason)} |",
-                f"| written as | {plan.request.to} |",
+                f"| written as | {to}{f', quantized {_QUANTIZED[to]}' if to in CALIBRATED else ''} |",
                 f"| made with | {versions} |",
                 "",
                 "Each weight is W + s·BA, computed in float32 and rounded once.",
-                *([AGAIN_IN_NF4] if plan.request.to in DENSE else []),
+                *([AGAIN_IN_NF4] if to in DENSE else []),
                 "",
                 *(measured or ["It was not compared with the unmerged adapter: no held-out text was given."]),
                 "",

@@ -24,7 +24,7 @@ from ..adapters.version import AdapterVersion
 from .base.loader import read_eos_token_ids, read_tokenizer
 from .errors import ConfigError
 from .local_base import find_directory
-from .merge_autoround import OFFLOADED, Calibration, calibrate, require_autoround
+from .merge_autoround import OFFLOADED, Calibration, calibrate, calibration_files, require_autoround
 from .merge_config import bias_settings
 from .merge_source import CheckpointWeights
 from .tokenizers import Tokenizers
@@ -47,8 +47,9 @@ class MergeRequest:
         out: the directory that it becomes.
         onto: None: what the adapters were trained on.
         allow_other_base: adapters may name another base, if their shapes fit.
-        calibration: text file for targets that need it, or None.
+        calibration: text file for targets that need it; None: what the adapters' folders carry.
         iterations: of auto-round, for each block of layers.
+        base_names: other names that adapters may know the base by.
     """
 
     model: str
@@ -60,6 +61,7 @@ class MergeRequest:
     allow_other_base: bool = False
     calibration: Path | None = None
     iterations: int = 20
+    base_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,14 +108,14 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     request = _resolved(request)
     weights = _weights(request)
     check_output(request.out)
+    texts: tuple[Path, ...] = ()
     if request.to in CALIBRATED:
-        require_autoround(request.to, request.calibration)
+        texts = calibration_files(request.calibration, request.adapters)
+        require_autoround(request.to, texts)
     directory, name = find_directory(request.model, weights=True)
     base = CheckpointWeights(request.model, directory, name=name)
-    calibration = None
-    if request.to in CALIBRATED:
-        assert request.calibration is not None
-        calibration = calibrate(directory, request.calibration)
+    base.fingerprint = replace(base.fingerprint, also=(*base.fingerprint.also, *request.base_names))
+    calibration = calibrate(directory, texts, request.to) if texts else None
     check = CancelCheck()
     onto = _onto(request, base)
     base.onto = onto.onto

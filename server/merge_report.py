@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from ..adapters.merge.errors import MergeLossError
 from ..adapters.merge.loss_rule import refuse_after, refuse_before
-from ..adapters.merge.targets import CALIBRATED, Target
+from ..adapters.merge.progress import Progress
+from ..adapters.merge.targets import Target
 from .config import ServerConfig
 from .errors import ConfigError
 from .evaluation.comparison import compare_models
@@ -16,8 +17,8 @@ from .evaluation.report import ComparisonReport
 from .merge_plan import MergePlan
 
 REPORT_FILE: Final = "merge_report.json"
-# What transformers needs to load what auto-round wrote in another layout than its own.
-_READER: Final = {Target.AWQ: "gptqmodel", Target.GPTQ: "gptqmodel"}
+# What transformers needs to load a quantized model; AWQ's and GPTQ's layouts are read without a package.
+_READERS: Final = {Target.AUTOROUND: "auto_round", Target.NF4: "bitsandbytes"}
 
 
 class MergeVerifier:
@@ -29,20 +30,31 @@ class MergeVerifier:
         texts: held-out, each on its own.
         accept_loss: write the model whatever it lost.
         progress: show bars on standard error.
+        tell: told how far the comparison is; None: nobody is.
 
     Attributes:
         report: what was measured, once it was called.
+        accepted: why the model would have been refused, if that was accepted.
     """
 
     def __init__(
-        self, plan: MergePlan, config: ServerConfig, texts: Sequence[str], *, accept_loss: bool, progress: bool
+        self,
+        plan: MergePlan,
+        config: ServerConfig,
+        texts: Sequence[str],
+        *,
+        accept_loss: bool,
+        progress: bool,
+        tell: Progress | None = None,
     ) -> None:
         self.report: ComparisonReport | None = None
+        self.accepted: str | None = None
         self._plan = plan
         self._config = config
         self._texts = texts
         self._accept_loss = accept_loss
         self._progress = progress
+        self._tell = tell
 
     def __call__(self, directory: Path) -> Sequence[str]:
         """Measure a complete model.
@@ -62,6 +74,7 @@ class MergeVerifier:
             self._texts,
             digests=[(path, member.version.digest) for path, member in paired],
             progress=self._progress,
+            tell=self._tell,
         )
         self.report = report
         to = self._plan.request.to
@@ -71,6 +84,7 @@ class MergeVerifier:
             raise MergeLossError(
                 f"{reason}. Nothing was written; to write it all the same, give --accept-loss.\n\n{report.table()}"
             )
+        self.accepted = reason
         written = json.dumps(describe(self._plan, report, reason), indent=2)
         (directory / REPORT_FILE).write_text(written + "\n", encoding="utf-8")
         accepted = [] if reason is None else ["", f"The loss was accepted: {reason}."]
@@ -85,12 +99,12 @@ class MergeVerifier:
         ]
 
 
-def describe(plan: MergePlan, report: ComparisonReport, accepted: str | None) -> dict[str, Any]:
+def describe(plan: MergePlan, report: ComparisonReport | None, accepted: str | None) -> dict[str, Any]:
     """The report as plain dicts.
 
     Args:
         plan: what was merged.
-        report: what was measured.
+        report: what was measured, if anything was.
         accepted: why it would have been refused, if that was accepted.
     """
     return {
@@ -104,14 +118,14 @@ def describe(plan: MergePlan, report: ComparisonReport, accepted: str | None) ->
         "onto_reason": plan.onto.reason,
         "to": plan.request.to.value,
         "accepted_loss": accepted,
-        "comparison": report.to_json(),
+        "comparison": None if report is None else report.to_json(),
     }
 
 
 def require_reader(to: Target) -> None:
     """Raise ConfigError unless what is written as `to` could be loaded here, to be compared."""
-    package = _READER.get(to, "auto_round" if to in CALIBRATED else "bitsandbytes")
-    if importlib.util.find_spec(package) is None:
+    package = _READERS.get(to)
+    if package is not None and importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"To compare a model written as {to}, transformers needs the Python package {package}, which is not "
             f"installed. Install it with `pip install {package}`, or write the model without a comparison "

@@ -7,7 +7,7 @@ threads, many times a step: labelled children are looked up once and kept.
 from functools import partial
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 BASE_LABEL = "base"
 OTHER_LABEL = "other"
@@ -37,6 +37,8 @@ STEP_BUCKETS = (
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 # Loading: a small adapter from the page cache to a large one from a network disk.
 LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+# A merge: a small model as it is to a large one that is compared or calibrated, on idle time alone.
+MERGE_BUCKETS = (5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 14400.0)  # seconds
 TOKEN_BUCKETS = tuple(float(2**n) for n in range(0, 17, 2))  # 1 to 65536 tokens in a step
 COUNT_BUCKETS = tuple(float(2**n) for n in range(0, 13))  # 1 to 4096 requests or adapters in a step
 
@@ -89,7 +91,7 @@ class _ByAdapter(Generic[Metric]):
 
 
 class ServerMetrics:
-    """Implements EngineObserver, AdapterObserver and the interceptor's `on_call`.
+    """Implements EngineObserver, AdapterObserver, MergeObserver and the interceptor's `on_call`.
 
     Args:
         registry: where the metrics live; never the global one.
@@ -153,6 +155,21 @@ class ServerMetrics:
             "vllm:lora_adapter_load_seconds", "Same as lorikeet_adapter_load_seconds.", buckets=LOAD_BUCKETS
         )
         self._evictions = counter("lorikeet_adapter_evictions_total", "Adapters evicted, by tier.", ["tier"])
+        self._merges = Gauge(
+            "lorikeet_merges_pending", "Merges that have not ended, by state.", ["state"], registry=registry
+        )
+        self.on_merges(queued=0, running=0)
+        self._ended_merges = counter(
+            "lorikeet_merges_total", "Merges ended, by outcome: ok or an error reason.", ["outcome"]
+        )
+        self._merge_seconds = histogram(
+            "lorikeet_merge_seconds", "From the start of a merge to its model.", buckets=MERGE_BUCKETS
+        )
+        self._merge_progress = Gauge(
+            "lorikeet_merge_progress_ratio",
+            "How much of its stage the running merge has done, 0 to 1; 0 when none runs.",
+            registry=registry,
+        )
 
     def on_call(self, method: str, code: str, reason: str) -> None:
         """An RPC has ended."""
@@ -201,3 +218,19 @@ class ServerMetrics:
     def on_evict(self, tier: str) -> None:
         """An adapter has left a tier to make room."""
         self._evictions.labels(tier).inc()
+
+    def on_merges(self, queued: int, running: int) -> None:
+        """So many merges wait and run now."""
+        self._merges.labels("queued").set(queued)
+        self._merges.labels("running").set(running)
+
+    def on_merge_progress(self, share: float) -> None:
+        """So much of its stage has the running merge done, 0 to 1."""
+        self._merge_progress.set(share)
+
+    def on_merge_ended(self, outcome: str, seconds: float) -> None:
+        """A merge has ended: `ok` or an error's reason."""
+        self._ended_merges.labels(outcome.lower()).inc()
+        self._merge_progress.set(0)
+        if outcome == "ok":
+            self._merge_seconds.observe(seconds)

@@ -1,5 +1,6 @@
 """ServingError to gRPC status and back: the code, the message and the google.rpc details that clients can act on."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 import grpc
@@ -42,6 +43,13 @@ def error_status(error: ServingError, request_id: str) -> ErrorStatus:
         error: its message is written for the client; see adapters/errors.py.
         request_id: goes into RequestInfo, so that a client can quote it.
     """
+    status = status_message(error, request_id)
+    code = grpc.StatusCode[error.code.value]
+    return ErrorStatus(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def status_message(error: ServingError, request_id: str) -> Status:
+    """The same as a message."""
     code = grpc.StatusCode[error.code.value]
     message = _shorten(error.message, MAX_MESSAGE_LENGTH)
     status = Status(code=code.value[0], message=message)
@@ -57,7 +65,7 @@ def error_status(error: ServingError, request_id: str) -> ErrorStatus:
         delay.FromMilliseconds(round(float(metadata["retry_after_s"]) * 1000))
         status.details.add().Pack(RetryInfo(retry_delay=delay))
     status.details.add().Pack(RequestInfo(request_id=request_id))
-    return ErrorStatus(code, message, ((DETAILS_KEY, status.SerializeToString()),))
+    return status
 
 
 @dataclass(slots=True)
@@ -90,21 +98,29 @@ def remote_error(error: grpc.RpcError) -> RemoteError:
         error: what a call of a sync or async channel raised.
     """
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    reason, metadata, request_id = "", dict[str, str](), ""
+    found = RemoteError(error.code().name, error.details() or "")
     for key, value in error.trailing_metadata() or ():
-        if key != DETAILS_KEY or not isinstance(value, bytes):
-            continue
-        try:
-            details = Status.FromString(value).details
-        except DecodeError:
-            continue
-        for detail in details:
-            info, request = ErrorInfo(), RequestInfo()
-            if detail.Unpack(info):
-                reason, metadata = info.reason, dict(info.metadata)
-            elif detail.Unpack(request):
-                request_id = request.request_id
-    return RemoteError(error.code().name, error.details() or "", reason, metadata, request_id)
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            with contextlib.suppress(DecodeError):
+                _read_details(found, Status.FromString(value))
+    return found
+
+
+def operation_error(status: Status) -> RemoteError:
+    """Read the status of an operation that failed."""
+    (code,) = (code.name for code in grpc.StatusCode if code.value[0] == status.code)
+    found = RemoteError(code, status.message)
+    _read_details(found, status)
+    return found
+
+
+def _read_details(error: RemoteError, status: Status) -> None:
+    for detail in status.details:
+        info, request = ErrorInfo(), RequestInfo()
+        if detail.Unpack(info):
+            error.reason, error.metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(request):
+            error.request_id = request.request_id
 
 
 def _shorten(text: str, length: int) -> str:

@@ -88,8 +88,17 @@ def staged(out: Path) -> Iterator[Path]:
 
 def remove_leftovers(out: Path) -> None:
     """Remove what merges to the same place left when they were killed."""
-    ours = re.compile(re.escape(f".{out.name}{_MARK}") + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
-    for path in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
+    _remove_unlocked(out.parent, re.escape(out.name))
+
+
+def remove_all_leftovers(parent: Path) -> None:
+    """Remove what merges to any place in a directory left when they were killed."""
+    _remove_unlocked(parent, ".+")
+
+
+def _remove_unlocked(parent: Path, name: str) -> None:
+    ours = re.compile(rf"\.{name}{re.escape(_MARK)}[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    for path in [path for path in parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

@@ -10,7 +10,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from ...kernels.nf4_quantize import quantize_nf4
+from ...kernels.nf4_quantize import nest_absmax, quantize_blocks
 from ...kernels.nf4_weight import BLOCK, GROUP
 from .merged import MergedModel, Parameter
 from .targets import Target
@@ -75,8 +75,7 @@ def write_weights(
     with ShardWriter(directory, names, shard_bytes=shard_bytes) as writer:
         for parameter in parameters:
             if to is Target.NF4 and _is_quantized(parameter):
-                _write_nf4(writer, model, parameter)
-                progress(math.prod(parameter.shape))
+                _write_nf4(writer, model, parameter, progress)
             else:
                 writer.write(parameter.name, parameter.shape, dtype, rounded(parameter))
         writer.finish()
@@ -92,17 +91,28 @@ def _names(parameter: Parameter, to: Target) -> list[str]:
     return [parameter.name, *(f"{parameter.name}.{state}" for state in states)]
 
 
-def _write_nf4(writer: ShardWriter, model: MergedModel, parameter: Parameter) -> None:
+def _write_nf4(writer: ShardWriter, model: MergedModel, parameter: Parameter, progress: Callable[[int], None]) -> None:
     """One weight as bitsandbytes saves it: quantized from float32, with double quantization.
 
-    Its second level needs the whole weight, which is therefore held in float32.
+    The second level needs the constants of the whole weight, a 64th of it; the weight itself goes by in pieces.
     """
-    weight = torch.empty(parameter.shape)
-    row = 0
-    for values in model.read(parameter):
-        weight[row : row + values.shape[0]] = values
-        row += values.shape[0]
-    codes, absmax = quantize_nf4(weight)
+    largest: list[Tensor] = []
+
+    def codes() -> Iterator[Tensor]:
+        left = torch.empty(0)  # a block may begin in one piece and end in the next
+        for values in model.read(parameter):
+            flat = torch.cat([left, values.reshape(-1)]) if left.numel() else values.reshape(-1)
+            whole = flat.numel() // BLOCK * BLOCK
+            left = flat[whole:].clone()
+            if whole:
+                packed, absmax = quantize_blocks(flat[:whole])
+                largest.append(absmax)
+                yield packed
+            progress(values.numel())
+
+    size = math.prod(parameter.shape) // 2
+    writer.write(parameter.name, (size, 1), torch.uint8, codes())
+    absmax = nest_absmax(torch.cat(largest))
     state = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
@@ -113,7 +123,6 @@ def _write_nf4(writer: ShardWriter, model: MergedModel, parameter: Parameter) ->
         "nested_offset": absmax.offsets[0].item(),
     }
     tensors = {
-        "": codes.view(-1, 1),
         ".absmax": absmax.codes,
         ".quant_map": bnb.get_4bit_type("nf4", device="cpu"),
         ".nested_absmax": absmax.scales,

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "parallel.h"
+#include "exports.h"
 #include "vec.h"
 
 namespace lorikeet {

@@ -13,7 +13,7 @@
 
 #include "attention_chunk.h"
 #include "attention_decode.h"
-#include "parallel.h"
+#include "exports.h"
 
 namespace lorikeet {
 namespace {

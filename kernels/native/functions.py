@@ -31,7 +31,7 @@ TYPE_NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FOLDER: Final = Path(__file__).parent
 _CHOICE: Final = "LORIKEET_NATIVE_KERNELS"
 _LIBRARIES: Final = ("avx2", "portable")
-_INTERFACE: Final = 1  # of library.cpp
+_INTERFACE: Final = 2  # of library.cpp
 
 
 def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[..., None] | None:

@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "exports.h"
 #include "lora_expand.h"
 #include "lora_shrink.h"
-#include "parallel.h"
 
 namespace lorikeet {
 namespace {
@@ -84,14 +84,15 @@ void affine_row(T* y, const T* gain, const T* offset, long width) {
 }  // namespace
 }  // namespace lorikeet
 
-// y += weight * B A x for the entries of `rows`.
+// y += weight * B A x for the entries of `rows`, a Rows, at `site`, a Site.
 LORIKEET_EXPORT void lorikeet_lora_add(
-    const lorikeet::Site* site, const lorikeet::Rows* rows, const void* x, long x_stride, void* y, long y_stride,
-    int threads) {
+    const void* site, const void* rows, const void* x, long x_stride, void* y, long y_stride, int threads) {
     using namespace lorikeet;
-    with_type(static_cast<int>(site->type), [&](auto* null) {
+    const Site& linear = *static_cast<const Site*>(site);
+    with_type(static_cast<int>(linear.type), [&](auto* null) {
         using T = std::remove_pointer_t<decltype(null)>;
-        add<T>(*site, *rows, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, threads);
+        const Rows& adapted = *static_cast<const Rows*>(rows);
+        add<T>(linear, adapted, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, threads);
     });
 }
 

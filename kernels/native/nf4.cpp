@@ -1,29 +1,27 @@
 // y = x . W^T + bias for a weight W in NF4; the contract is in kernels/nf4.py, the layout in kernels/nf4_tiles.py.
 //
-// Sixteen rows of W, a tile, are the lanes of two vectors, and x is broadcast. For more rows of x than a tile's codes
-// can be decoded for on the fly, a panel of some hundred columns is decoded into the first-level cache and multiplied
-// from there. Each output is one sum, from the first column to the last, whatever the number of rows: a row's results
-// do not depend on the others of its batch, nor on the number of threads.
+// Sixteen rows of W are a tile. Its codes are decoded as some rows of x are multiplied, which other units of a core do,
+// and what comes out is kept for the other rows, some hundred columns at once. Sums are panel.h's: a row's results do
+// not depend on the others of its batch, nor on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "parallel.h"
+#include "exports.h"
+#include "panel.h"
 #include "vec.h"
 
 namespace lorikeet {
 namespace {
 
-constexpr long TILE = 2 * LANES;  // rows of W
-constexpr long BLOCK = 64;        // columns that share a constant
-constexpr long GROUP = 4;         // columns whose codes are 32 bytes
+constexpr long BLOCK = 64;  // columns that share a constant
+constexpr long GROUP = 4;   // columns whose codes are 32 bytes
 constexpr long GROUP_BYTES = TILE * GROUP / 2;
 constexpr long PANEL = 5 * BLOCK;  // columns decoded at once at most: 20 KiB
-constexpr long MAX_FUSED = 3;      // rows of x that are multiplied while codes are decoded
-constexpr long MAX_ROWS = 6;       // of x in registers: 12 sums
-constexpr long ROW_BLOCK = 128;    // rows of x that share a decoded panel
-constexpr long PIECE = 1 << 20;    // multiplications: some 20 us
+constexpr long MAX_ALONE = 5;      // rows of x that need no panel
+constexpr long MAX_FIRST = 4;      // rows that are multiplied while a panel is made,
+constexpr long MIN_ROWS = 4;       // unless fewer than these would be left for a part of the others
 
 // QLoRA's (arXiv 2305.14314, appendix E), as bitsandbytes 0.50.2 has them.
 constexpr float VALUES[16] = {
@@ -107,113 +105,70 @@ struct Weight {
     }
 };
 
-struct Rows {
-    const float* x;
-    long stride;
-};
-
-// Sums of R rows for one tile.
-template <long R>
-struct Sums {
-    Vec of[R][2];
-
-    void load_from(const float* from) {
-        for (long r = 0; r < R; r++) {
-            for (long i = 0; i < 2; i++) of[r][i] = load(from + r * TILE + i * LANES);
-        }
+// Adds to sums [R, 16] the products of columns [first, first + width). KEEP: the values also go to panel [width, 16].
+template <long R, bool KEEP>
+[[gnu::noinline]] void multiply_codes(
+    const Decoder& decoder, const Input& rows, const Weight& weight, long tile, long first, long width, float* panel,
+    float* sums) {
+    Vec total[R][2];
+    for (long r = 0; r < R; r++) {
+        for (long i = 0; i < 2; i++) total[r][i] = load(sums + r * TILE + i * LANES);
     }
-    void store_to(float* to) const {
-        for (long r = 0; r < R; r++) {
-            for (long i = 0; i < 2; i++) store(to + r * TILE + i * LANES, of[r][i]);
-        }
-    }
-};
-
-// Decodes columns [0, width) into panel [width, 16].
-void decode_panel(const Decoder& decoder, const uint8_t* codes, const float* constants, long width, float* panel) {
-    for (long block = 0; block < width; block += BLOCK, constants += TILE) {
-        const Vec low = load(constants), high = load(constants + LANES);
-        for (long group = 0; group < BLOCK / GROUP; group++, codes += GROUP_BYTES, panel += GROUP * TILE) {
-            for (int second = 0; second < 2; second++) {
-                Vec values[4];
-                decoder.pair(codes, second, values);
-                float* to = panel + second * 2 * TILE;
-                store(to, values[0] * low);
-                store(to + LANES, values[1] * high);
-                store(to + TILE, values[2] * low);
-                store(to + TILE + LANES, values[3] * high);
-            }
-        }
-    }
-}
-
-template <long R>
-void multiply_panel(const Rows& rows, const float* panel, long width, bool is_first, float* sums) {
-    Sums<R> total{};
-    if (!is_first) total.load_from(sums);
-    for (long k = 0; k < width; k++) {
-        const Vec low = load(panel + k * TILE), high = load(panel + k * TILE + LANES);
-        for (long r = 0; r < R; r++) {
-            const Vec x = fill(rows.x[r * rows.stride + k]);
-            total.of[r][0] += x * low;
-            total.of[r][1] += x * high;
-        }
-    }
-    total.store_to(sums);
-}
-
-template <long R>
-void multiply_fused(const Decoder& decoder, const Rows& rows, const Weight& weight, long tile, float* sums) {
-    Sums<R> total{};
-    const uint8_t* codes = weight.codes_of(tile, 0);
-    const float* constants = weight.constants_of(tile, 0);
-    for (long block = 0; block < weight.columns; block += BLOCK, constants += TILE) {
+    const uint8_t* codes = weight.codes_of(tile, first);
+    const float* constants = weight.constants_of(tile, first);
+    for (long block = first; block < first + width; block += BLOCK, constants += TILE) {
         const Vec factors[2] = {load(constants), load(constants + LANES)};
-        for (long k = block; k < block + BLOCK; k += GROUP, codes += GROUP_BYTES) {
+        for (long group = block; group < block + BLOCK; group += GROUP, codes += GROUP_BYTES) {
             for (int second = 0; second < 2; second++) {
                 Vec values[4];
                 decoder.pair(codes, second, values);
-                for (long column = 0; column < 2; column++) {
+                for (long j = 0; j < 2; j++) {
+                    const long k = group + 2 * second + j;
+                    const Vec low = values[2 * j] * factors[0], high = values[2 * j + 1] * factors[1];
+                    if constexpr (KEEP) {
+                        store(panel + (k - first) * TILE, low);
+                        store(panel + (k - first) * TILE + LANES, high);
+                    }
                     for (long r = 0; r < R; r++) {
-                        const Vec x = fill(rows.x[r * rows.stride + k + 2 * second + column]);
-                        for (long i = 0; i < 2; i++) total.of[r][i] += x * (values[2 * column + i] * factors[i]);
+                        const Vec x = fill(rows.x[r * rows.stride + k]);
+                        accumulate(total[r][0], x, low);
+                        accumulate(total[r][1], x, high);
                     }
                 }
             }
         }
     }
-    total.store_to(sums);
-}
-
-// Calls body(R) with a number of rows known at compile time.
-template <long R, class Body>
-void with_rows(long rows, const Body& body) {
-    if constexpr (R > 0) {
-        if (rows == R) return body(std::integral_constant<long, R>{});
-        with_rows<R - 1>(rows, body);
+    for (long r = 0; r < R; r++) {
+        for (long i = 0; i < 2; i++) store(sums + r * TILE + i * LANES, total[r][i]);
     }
 }
 
 // sums [count, 16] of `count` rows for one tile.
-void multiply_tile(const Decoder& decoder, const Rows& rows, long count, const Weight& weight, long tile, float* sums) {
-    if (count <= MAX_FUSED) {
-        with_rows<MAX_FUSED>(count, [&](auto r) { multiply_fused<r>(decoder, rows, weight, tile, sums); });
+void multiply_tile(
+    const Decoder& decoder, const Input& rows, long count, const Weight& weight, long tile, float* sums) {
+    std::fill(sums, sums + count * TILE, 0.0f);
+    if (count <= MAX_ALONE) {
+        with_rows<MAX_ALONE>(count, [&](auto r) {
+            multiply_codes<r, false>(decoder, rows, weight, tile, 0, weight.columns, nullptr, sums);
+        });
         return;
     }
     alignas(64) float panel[PANEL * TILE];
-    // Parts as even as they can be: a lone row would have too few sums to keep the multipliers busy.
-    const long blocks = weight.columns / BLOCK, chunks = (blocks * BLOCK + PANEL - 1) / PANEL;
-    const long parts = (count + MAX_ROWS - 1) / MAX_ROWS;
+    const long parts = (count - MAX_FIRST + MAX_ROWS - 1) / MAX_ROWS;
+    const long at_first = std::min(MAX_FIRST, count - parts * MIN_ROWS);
+    const long blocks = weight.columns / BLOCK, chunks = (weight.columns + PANEL - 1) / PANEL;
     for (long chunk = 0; chunk < chunks; chunk++) {
-        const long first = blocks * chunk / chunks * BLOCK, width = blocks * (chunk + 1) / chunks * BLOCK - first;
-        decode_panel(decoder, weight.codes_of(tile, first), weight.constants_of(tile, first), width, panel);
-        for (long part = 0; part < parts; part++) {
-            const long row = count * part / parts;
-            const Rows some{rows.x + row * rows.stride + first, rows.stride};
-            with_rows<MAX_ROWS>(count * (part + 1) / parts - row, [&](auto r) {
-                multiply_panel<r>(some, panel, width, chunk == 0, sums + row * TILE);
-            });
-        }
+        const long first = blocks * chunk / chunks * BLOCK, next = blocks * (chunk + 1) / chunks * BLOCK;
+        with_rows<MAX_FIRST>(at_first, [&](auto r) {
+            multiply_codes<r, true>(decoder, rows, weight, tile, first, next - first, panel, sums);
+        });
+        // What follows, be it of this tile or of the next.
+        const uint8_t* codes = weight.codes_of(tile, next);
+        const float* constants = weight.constants_of(tile, next);
+        for (long i = 0; i < (next - first) / BLOCK; i++) __builtin_prefetch(constants + i * TILE);
+        multiply_rows(
+            rows.from(at_first, first), count - at_first, panel, next - first, sums + at_first * TILE,
+            reinterpret_cast<const char*>(codes), TILE / 2);
     }
 }
 
@@ -229,20 +184,17 @@ LORIKEET_EXPORT void lorikeet_nf4_linear(
     const long tiles = (out_features + TILE - 1) / TILE;
     for (long first_row = 0; first_row < num_rows; first_row += ROW_BLOCK) {
         const long count = std::min(ROW_BLOCK, num_rows - first_row);
-        const Rows rows{x + first_row * x_stride, x_stride};
+        const Input rows{x + first_row * x_stride, x_stride};
         // Decoding a code takes as long as multiplying it by some rows.
         const long piece = std::max(1L, PIECE / (TILE * in_features * (count + 3)));
         parallel_for(threads, tiles, piece, [&](long first, long end) {
             alignas(64) float sums[ROW_BLOCK * TILE];
             for (long tile = first; tile < end; tile++) {
                 multiply_tile(decoder, rows, count, weight, tile, sums);
-                const long column = tile * TILE, width = std::min(TILE, out_features - column);
-                for (long r = 0; r < count; r++) {
-                    float* y = out + (first_row + r) * out_features + column;
-                    for (long i = 0; i < width; i++) {
-                        y[i] = sums[r * TILE + i] + (bias == nullptr ? 0.0f : bias[column + i]);
-                    }
-                }
+                const long column = tile * TILE;
+                write_tile(
+                    sums, count, bias == nullptr ? nullptr : bias + column, out + first_row * out_features + column,
+                    out_features, std::min(TILE, out_features - column));
             }
         });
     }

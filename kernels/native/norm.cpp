@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "parallel.h"
+#include "exports.h"
 
 namespace lorikeet {
 namespace {

@@ -3,8 +3,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "exports.h"
 #include "norm.h"
-#include "parallel.h"
 
 namespace lorikeet {
 namespace {

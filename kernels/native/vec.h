@@ -157,6 +157,18 @@ static inline Vec rounded(Vec value) {
     return load(through);
 }
 
+// total += a * b, rounded once where the instruction set can. The instruction is named since GCC 12 would otherwise
+// move the sums of a loop that has many from register to register, and then to memory.
+static inline void accumulate(Vec& total, Vec a, Vec b) {
+#if defined(__FMA__)
+    Vec sum = total;
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    total = sum;
+#else
+    total += a * b;
+#endif
+}
+
 static inline float sum(Vec value) {
     return ((value[0] + value[4]) + (value[2] + value[6])) + ((value[1] + value[5]) + (value[3] + value[7]));
 }

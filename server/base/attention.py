@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...kernels import attention as ops
+from ...kernels.blank import blank
 
 # The name under which the paged attention is registered with transformers.
 ATTENTION = "lorikeet_paged"
@@ -33,8 +34,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (num_kv_heads, num_blocks, block_size, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [blank(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [blank(shape, dtype, device) for _ in range(num_layers)]
         self.num_blocks = num_blocks
         self.block_size = block_size
 

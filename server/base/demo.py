@@ -28,6 +28,8 @@ from ..errors import BaseModelError
 
 logger = logging.getLogger(__name__)
 
+DEMO = "demo"
+"""What the setting `model` calls it."""
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The public name of the demo base, which adapters for it carry as `base_model_name_or_path`."""
 

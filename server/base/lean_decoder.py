@@ -2,7 +2,8 @@
 
 Each layer is two fused residual adds with norms, four sites, one rotation with cache write, attention and the gated
 activation: nine launches and no copy between them, where a Llama layer of transformers' (5.23) makes 36. The sites are
-the modules that transformers' forward would call, so LoRA works alike in both; the tests compare the two.
+the modules that transformers' forward would call, so LoRA works alike in both; the tests compare the two. On a CPU all
+layers are one call, to the same bits (`lean_stack`).
 
 Rounding is transformers' (see `kernels.norm`, `kernels.activation`), except that the rotation rounds less often
 (`kernels.rope`). Step thread only. Graph-safe: no step reads a tensor back, and the same calls are made whatever the
@@ -20,6 +21,7 @@ from ...adapters.sites import Site
 from ...kernels import activation, attention, norm, rope
 from .attention import PagedStep
 from .lean_modules import HeadNorms, LeanLayer, LeanModules
+from .lean_stack import LayerLinears, LeanStack, build_stack
 
 
 class LeanDecoder:
@@ -29,21 +31,27 @@ class LeanDecoder:
         modules: of the model.
         max_context: positions are below it.
         dtype: of the model's activations.
+
+    Attributes:
+        one_by_one: call operators one by one also where all layers can be one call; for comparisons, and to time them.
     """
 
     def __init__(self, modules: LeanModules, max_context: int, dtype: torch.dtype) -> None:
         self._modules = modules
         self._dtype = dtype
         self._rotations = rope.rotation_table(modules.inverse_frequencies, modules.rotary_scaling, max_context, dtype)
-        self._linears: list[tuple[nn.Module, nn.Module, nn.Module, nn.Module]] = []
+        self._linears: list[LayerLinears] = []
+        self._stack: LeanStack | None = None
+        self.one_by_one = False
         self._head: nn.Module = nn.Identity()
 
     def connect(self, site_module: Callable[[Site], nn.Module]) -> None:
         """Look up the modules that run for the sites; again whenever they have been replaced."""
         self._linears = [
-            (site_module(layer.qkv), site_module(layer.o), site_module(layer.gate_up), site_module(layer.down))
+            LayerLinears(*map(site_module, (layer.qkv, layer.o, layer.gate_up, layer.down)))
             for layer in self._modules.layers
         ]
+        self._stack = build_stack(self._modules, self._linears, self._dtype)
         self._head = site_module(self._modules.head)
 
     def logits(
@@ -82,11 +90,27 @@ class LeanDecoder:
         overrides: RowOverrides | None = None,
     ) -> Tensor:
         """What the head gets, arguments as of `logits`: [n, width] in the compute dtype."""
-        modules = self._modules
-        eps, num_heads, head_dim, num_tokens = modules.eps, modules.num_heads, modules.head_dim, len(ids)
         rotations = self._rotations.index_select(0, positions)
-        step = (paged.query_starts, paged.context_lens, paged.block_tables, paged.max_query_len, paged.max_context_len)
         hidden = self._embed(ids, overrides)
+        pending = None
+        if self._stack is not None and not self.one_by_one:
+            pending = self._stack.run(hidden, rotations, paged)
+        if pending is None:
+            pending = self._run_layers(hidden, rotations, paged, overrides)
+        final, eps = self._modules.final_norm, self._modules.eps
+        if overrides is None:
+            return norm.rms_norm(pending, final.weight, eps, hidden, rows)
+        x = norm.add_rms_norm_(hidden, pending, final.weight, eps)
+        overrides.normalize_(final.path, hidden, x)
+        return x if rows is None else x.index_select(0, rows)
+
+    def _run_layers(
+        self, hidden: Tensor, rotations: Tensor, paged: PagedStep, overrides: RowOverrides | None
+    ) -> Tensor:
+        """Operator by operator: what the last MLP computed, to be added to `hidden`, which is changed."""
+        modules = self._modules
+        eps, num_heads, head_dim, num_tokens = modules.eps, modules.num_heads, modules.head_dim, len(hidden)
+        step = (paged.query_starts, paged.context_lens, paged.block_tables, paged.max_query_len, paged.max_context_len)
         # What the last layer's MLP computed and nobody has added to `hidden` yet.
         pending: Tensor | None = None
         for layer, linears, keys, values in zip(
@@ -110,12 +134,7 @@ class LeanDecoder:
                 overrides.normalize_(layer.mlp_norm.path, hidden, x)
             pending = down.forward(activation.silu_and_mul(gate_up.forward(x)))
         assert pending is not None  # there is a layer
-        final = modules.final_norm
-        if overrides is None:
-            return norm.rms_norm(pending, final.weight, eps, hidden, rows)
-        x = norm.add_rms_norm_(hidden, pending, final.weight, eps)
-        overrides.normalize_(final.path, hidden, x)
-        return x if rows is None else x.index_select(0, rows)
+        return pending
 
     def _embed(self, ids: Tensor, overrides: RowOverrides | None) -> Tensor:
         if overrides is None:

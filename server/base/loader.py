@@ -4,13 +4,14 @@ Linears inside decoder layers become NF4; embeddings, norms and lm_head keep 16 
 them. q/k/v and gate/up are stacked. Runs once, at start, on the main thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ...adapters.fingerprint import BaseFingerprint
@@ -29,6 +30,9 @@ from .nf4_cache import NF4Cache
 from .site_plan import SitePlan, describe_sites, install_sites, plan_sites
 from .vocabulary import keep_vocabulary_narrow
 from .weights import ResidentWeights
+
+# Of `torch.nn.init` and `Tensor`; any other works on the meta device too, only slowly.
+_DRAWS: Final = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
 
 
 def load_base(
@@ -203,19 +207,31 @@ def read_eos_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[i
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The module tree with parameters on the meta device and computed buffers (rotary frequencies) real on the CPU."""
+    """The module tree with its matrices on the meta device; norms and computed buffers are real, on the CPU."""
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    with torch.device("meta"):
+    with _NoMemory():
         model: nn.Module = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation=ATTENTION)
-    model.eval().requires_grad_(False)
-    for module in model.modules():
-        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.device.type == "meta"}
-        for name, buffer in buffers.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if buffers:
-            # transformers' own way to compute them; parameters are still on meta, where init does nothing.
-            model._init_weights(module)  # type: ignore[operator]
-    return model
+    return model.eval().requires_grad_(False)
+
+
+class _NoMemory(TorchFunctionMode):
+    """Tensors that are made to be filled later are on the meta device, and no numbers are drawn for them.
+
+    Not `torch.device("meta")`: rotary frequencies would be computed there, and torch computes and draws on that device
+    by Python code that loads sympy first (torch 2.13).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            return func(*args, **kwargs | {"device": "meta"})
+        if func.__name__ in _DRAWS:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

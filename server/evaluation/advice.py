@@ -10,7 +10,9 @@ from .report import PathResult
 _MIB: Final = 2**20
 # In the order of preference where several lose as little.
 _SIXTEEN_BIT: Final = (Way.MERGED_ONTO_NF4, Way.MERGED_ONTO_ORIGINAL)
-_FOUR_BIT: Final = (Way.MERGED_AUTOROUND, Way.MERGED_AWQ)
+_FOUR_BIT: Final = (Way.MERGED_AUTOROUND, Way.MERGED_AWQ, Way.MERGED_GPTQ)
+# Twice as large as 16 bit for what rounding costs: told of where there is nothing in 16 bit.
+_THIRTY_TWO_BIT: Final = (Way.MERGED_FP32_ONTO_NF4, Way.MERGED_FP32_ONTO_ORIGINAL)
 
 
 def advise(measured: Mapping[Way, PathResult]) -> list[str]:
@@ -41,12 +43,12 @@ def advise(measured: Mapping[Way, PathResult]) -> list[str]:
 
 
 def _one_file(measured: Mapping[Way, PathResult], gain: float) -> str:
-    sixteen, four = _best(measured, _SIXTEEN_BIT), _best(measured, _FOUR_BIT)
-    if sixteen is None and four is None:
+    dense, four = _best(measured, _SIXTEEN_BIT) or _best(measured, _THIRTY_TWO_BIT), _best(measured, _FOUR_BIT)
+    if dense is None and four is None:
         return "One adapter and one file: merge it; no merged way was measured here."
     parts = []
-    if sixteen is not None:
-        parts.append(f"{sixteen.value}: {_numbers(measured[sixteen], measured, gain)}")
+    if dense is not None:
+        parts.append(f"{dense.value}: {_numbers(measured[dense], measured, gain)}")
     if four is not None:
         fits = gain > 0 and _loss(measured[four], measured) <= MOST_GIVEN_UP
         judged = "where size counts, " if fits else "not "

@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from ...adapters.merge.progress import Progress
 from ..config import ServerConfig
 from .divergence import DivergenceMeter, logprobs_of
 from .divergence_result import Divergence
@@ -17,28 +20,48 @@ from .errors import EvaluationError
 from .local_engine import BASE, LocalEngine, Members, local_engine
 from .perplexity import Perplexity, PerplexityMeter
 from .report import ComparisonReport, PathResult
+from .step_times import Stepper, step_times
 from .transformers_model import TransformersModel, disk_bytes
 from .windows import Window, choose_sizes, cut_all
 
 LEAST_TOKENS: Final = 128  # below, a perplexity says too little to judge a merge by
-_STEPS: Final = 16  # decode steps that are timed
-_PROMPT: Final = 32  # tokens before them
+_ROUNDS: Final = 5  # in which the models take turns to be timed
+_STEPS: Final = 4  # of each in a round
 
 
-class LogitsSource(Protocol):
+class LogitsSource(Stepper, Protocol):
     """A model that says what comes next."""
 
     def logits(self, token_ids: Sequence[int], first: int) -> Tensor:
         """Logits that predict the tokens from `first` on: float [len(token_ids) - first, vocab]."""
         ...
 
-    def decode_step_s(self, prompt: Sequence[int], steps: int) -> float:
-        """Median seconds of a greedy decode step."""
-        ...
+
+class Counter:
+    """Counts tokens, for a bar and for whoever else wants to know.
+
+    Args:
+        total: how many there are.
+        bar: moved on.
+        tell: told; None: nobody is.
+    """
+
+    def __init__(self, total: int, bar: "tqdm[Any]", tell: Progress | None) -> None:
+        self._total, self._bar, self._tell = total, bar, tell
+        self._done = 0
+
+    def update(self, tokens: int) -> None:
+        """So many more were read."""
+        self._bar.update(tokens)
+        self._done += tokens
+        if self._tell is not None:
+            self._tell("Comparing", self._done, self._total)
 
 
 class Unmerged:
     """Adapters on a local engine, or its base alone, as a `LogitsSource`."""
+
+    is_timed = True
 
     def __init__(self, engine: LocalEngine, members: Members = BASE) -> None:
         self._engine = engine
@@ -69,7 +92,7 @@ def measure(
     windows: Sequence[tuple[int, Window]],
     *,
     reference: LogitsSource | None = None,
-    bar: "tqdm[Any] | None" = None,
+    bar: Counter | None = None,
 ) -> tuple[Perplexity, Divergence | None]:
     """Perplexity of a model, and how far it is from another one; window by window, so that nothing long is kept.
 
@@ -97,11 +120,6 @@ def measure(
     return perplexity.result(), None if reference is None else divergence.result()
 
 
-def step_seconds(source: LogitsSource, texts: Sequence[Sequence[int]]) -> float:
-    """Median seconds of a decode step after the beginning of the longest text."""
-    return source.decode_step_s(list(max(texts, key=len)[:_PROMPT]), _STEPS)
-
-
 def compare_models(
     config: ServerConfig,
     members: Members,
@@ -112,6 +130,7 @@ def compare_models(
     stride: int | None = None,
     digests: Sequence[tuple[Path, str]] = (),
     progress: bool = False,
+    tell: Progress | None = None,
 ) -> ComparisonReport:
     """Evaluate base, unmerged adapters and merged model.
 
@@ -126,6 +145,7 @@ def compare_models(
         stride: tokens between windows; None: half the context.
         digests: adapter folders, with the version that was merged of each.
         progress: show bars on standard error.
+        tell: told how far it is, in tokens; None: nobody is.
 
     Raises:
         TextTooShortError: fewer than LEAST_TOKENS tokens can be scored.
@@ -148,16 +168,21 @@ def compare_models(
         base, unmerged = Unmerged(engine), Unmerged(engine, members)
         num_scored = sum(window.num_scored for _, window in windows)
         results: list[PathResult] = []
-        with tqdm(total=3 * num_scored, desc="Evaluating", unit="token", disable=not progress) as bar:
+        with tqdm(total=3 * num_scored, desc="Evaluating", unit="token", disable=not progress) as shown:
+            bar = Counter(3 * num_scored, shown, tell)
             for name, source, reference, (disk, resident) in (
                 ("base in NF4", base, None, base.size),
                 ("unmerged on NF4", unmerged, None, unmerged.size),
                 ("merged", model, unmerged, (model.disk_bytes, model.resident_bytes)),
             ):
                 perplexity, divergence = measure(source, encoded, windows, reference=reference, bar=bar)
-                step_s = step_seconds(source, encoded)
-                results.append(PathResult(name, perplexity, divergence, disk, resident, step_s))
-        in_nf4, adapted, as_merged = results
+                results.append(PathResult(name, perplexity, divergence, disk, resident))
+        models: tuple[Stepper, ...] = (base, unmerged, model)
+        times = step_times(dict(enumerate(models)), encoded, rounds=_ROUNDS, steps=_STEPS)
+        in_nf4, adapted, as_merged = (
+            replace(result, step_s=median(times[number]) if number in times else None)
+            for number, result in enumerate(results)
+        )
         return ComparisonReport(
             in_nf4,
             adapted,

@@ -20,8 +20,8 @@ from ...adapters.adaptation import Adaptation
 from ...adapters.composition import Wish
 from ...adapters.errors import AdapterIdError
 from ...adapters.reference import parse_reference
-from ..app import DEMO, App, assemble
-from ..base.demo import BASE_NAME, prepare_demo_base
+from ..app import App, assemble
+from ..base.demo import BASE_NAME, DEMO, prepare_demo_base
 from ..base.loader import load_base
 from ..config import ServerConfig
 from ..engine.request import Delta, Event, Failed, Finished, Request

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ...adapters.merge.loss_rule import given_up
 from .divergence_result import Divergence
@@ -21,7 +21,7 @@ class PathResult:
         divergence: of its next-token distributions from the unmerged ones; None where that is not to be said.
         disk_bytes: of its weights' files; for a base in NF4, of what is kept of it in 4 bit.
         resident_bytes: of its weights in memory, in the types in which they are stored.
-        step_s: median seconds of a decode step of one sequence.
+        step_s: median seconds of a decode step of one sequence, timed in turns with the others; None: not timed.
     """
 
     path: str
@@ -108,28 +108,35 @@ class ComparisonReport:
         return f"{table((self.base, self.unmerged, self.merged))}\n{gain}"
 
 
-HEADER = ("PATH", "PERPLEXITY", "MEAN KL", "MAX KL", "SAME TOP", "DISK", "MEMORY", "STEP")
+_HEADER: Final = ("PATH", "PERPLEXITY", "MEAN KL", "MAX KL", "SAME TOP", "DISK", "MEMORY", "STEP")
+_NOTHING: Final = "-"
 
 
 def table(results: Sequence[PathResult]) -> str:
     """One line each, columns as wide as they need to be."""
-    rows = [HEADER, *(cells(result) for result in results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    found = rows(results)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in found
     )
 
 
-def cells(result: PathResult) -> tuple[str, ...]:
-    """A line of the table; KL divergences in nats."""
+def rows(results: Sequence[PathResult]) -> list[tuple[str, ...]]:
+    """The header and a line for each; columns in which there is nothing are left out. KL divergences in nats."""
+    found = [_HEADER, *map(_cells, results)]
+    columns = [column for column in zip(*found, strict=True) if any(cell != _NOTHING for cell in column[1:])]
+    return list(zip(*columns, strict=True))
+
+
+def _cells(result: PathResult) -> tuple[str, ...]:
     apart = result.divergence
     return (
         result.path,
         f"{result.perplexity.value:.3f}",
-        "-" if apart is None else f"{apart.mean:.4f}",
-        "-" if apart is None else f"{apart.largest:.3f}",
-        "-" if apart is None else f"{apart.agreement:.1%}",
-        f"{result.disk_bytes / 2**20:.1f} MiB" if result.disk_bytes else "-",
-        f"{result.resident_bytes / 2**20:.1f} MiB" if result.resident_bytes else "-",
-        "-" if result.step_s is None else f"{result.step_s * 1000:.1f} ms",
+        _NOTHING if apart is None else f"{apart.mean:.4f}",
+        _NOTHING if apart is None else f"{apart.largest:.3f}",
+        _NOTHING if apart is None else f"{apart.agreement:.1%}",
+        f"{result.disk_bytes / 2**20:.1f} MiB" if result.disk_bytes else _NOTHING,
+        f"{result.resident_bytes / 2**20:.1f} MiB" if result.resident_bytes else _NOTHING,
+        _NOTHING if result.step_s is None else f"{result.step_s * 1000:.1f} ms",
     )

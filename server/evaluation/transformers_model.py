@@ -1,4 +1,7 @@
-"""A model directory as transformers loads it: plain, or quantized in any way that it has a package for."""
+"""A model directory as transformers loads it: plain, or quantized in any way that it has a package for.
+
+Of AWQ's and GPTQ's layouts the values are unpacked (packed_layouts.py).
+"""
 
 import json
 import time
@@ -15,14 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from ..golden_reference import compute_in_float32
 from .errors import EvaluationError
+from .packed_layouts import METHODS, load_unpacked
 
 # What a quantization method of transformers needs, by the name in config.json: package -> what to install.
-_PACKAGES: Final = {
-    "auto-round": "auto-round",
-    "awq": "gptqmodel",
-    "gptq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-}
+_PACKAGES: Final = {"auto-round": "auto-round", "bitsandbytes": "bitsandbytes"}
 
 
 class TransformersModel:
@@ -33,6 +32,11 @@ class TransformersModel:
         device: where it runs.
         compute_dtype: of activations. In float32 a 16-bit model computes with exactly the values that it stores.
 
+    Attributes:
+        disk_bytes: of its directory.
+        resident_bytes: of its weights, as they are stored.
+        is_timed: a step takes as long as in use; false where weights were unpacked.
+
     Raises:
         EvaluationError: it cannot be loaded; names the package where one is missing.
     """
@@ -40,8 +44,10 @@ class TransformersModel:
     def __init__(self, directory: Path, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         self.disk_bytes = disk_bytes(directory)
         self.resident_bytes = tensor_bytes(directory)
+        settings = _quantization(directory)
+        self.is_timed = settings.get("quant_method") not in METHODS
         self._device = device
-        self._model = _load(directory, device, compute_dtype)
+        self._model = _load(directory, settings, device, compute_dtype)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], first: int) -> Tensor:
@@ -108,22 +114,30 @@ def _bits(dtype: str) -> int:
     return int(digits) if digits.isdigit() else 8  # BOOL is a byte
 
 
-def _load(directory: Path, device: torch.device, compute_dtype: torch.dtype) -> Any:
+def _quantization(directory: Path) -> dict[str, Any]:
+    """What config.json says of a quantization; nothing where there is none."""
     try:
-        method = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+        found: object = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         raise EvaluationError(f"{directory} has no readable config.json.", {"field": "model"}) from None
-    method = str(method.get("quant_method", ""))
+    return found if isinstance(found, dict) else {}
+
+
+def _load(directory: Path, settings: dict[str, Any], device: torch.device, compute_dtype: torch.dtype) -> Any:
+    method = str(settings.get("quant_method", ""))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=compute_dtype,
-                device_map={"": str(device)},
-                local_files_only=True,
-                use_safetensors=True,
-            ).eval()
+            if method in METHODS:
+                model = load_unpacked(directory, settings, compute_dtype).to(device).eval()
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    dtype=compute_dtype,
+                    device_map={"": str(device)},
+                    local_files_only=True,
+                    use_safetensors=True,
+                ).eval()
     except ImportError as error:
         package = _PACKAGES.get(method, method)
         raise EvaluationError(
@@ -136,6 +150,6 @@ def _load(directory: Path, device: torch.device, compute_dtype: torch.dtype) -> 
         raise EvaluationError(
             f"transformers cannot load the model in {directory.name}{kind}: {type(error).__name__}.", {"field": "model"}
         ) from error
-    if compute_dtype is torch.float32 and method in ("", "bitsandbytes"):
+    if compute_dtype is torch.float32 and method in ("", "bitsandbytes", *METHODS):
         compute_in_float32(model)
     return model

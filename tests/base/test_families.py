@@ -83,6 +83,7 @@ def test_unproven_family_is_compared_with_its_own_attention(tmp_path: Path, monk
     save_family("qwen3", tmp_path)
     base = load_base(str(tmp_path), device=CPU, compute_dtype=torch.float32, progress=False)
     base.architecture = "SomethingNewForCausalLM"
+    base.lean = None  # which knows no such family
     check_unproven_family(base)
     monkeypatch.setattr("lorikeet.server.base.attention.ops.paged_attention", lambda q, *_: torch.zeros_like(q))
     with pytest.raises(BaseModelError, match="SomethingNewForCausalLM"):

@@ -38,6 +38,7 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen2": family_config("qwen2"),  # biases of q, k and v; a window in some layers
     "qwen3": family_config("qwen3"),  # norms of heads
     "llama-biases": LlamaConfig(**COMMON, head_dim=48, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR),
+    "llama-odd-heads": LlamaConfig(**COMMON | {"num_attention_heads": 16}, head_dim=20),  # no multiple of 8
     "qwen2-yarn": Qwen2Config(**COMMON, rope_parameters=YARN),  # cos and sin are scaled
 }
 

@@ -11,13 +11,14 @@ from lorikeet.kernels.nf4 import nf4_linear, nf4_linear_reference, prepare_for_d
 from lorikeet.kernels.nf4_quantize import quantize_nf4
 from lorikeet.kernels.nf4_weight import NF4Weight
 from lorikeet.server.base.linears import NF4Linear, StackedLinear
-from lorikeet.server.base.loader import load_base
+from lorikeet.server.base.loader import empty_model, load_base
 from lorikeet.server.base.model import BaseModel
 from lorikeet.server.errors import BaseModelError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from .family_models import oracle, save_family
+from .family_models import FAMILIES, family_config, oracle, save_family
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,22 @@ def test_stacked_weights_dequantize_to_bitsandbytes_values_bit_for_bit(checkpoin
     assert len(values) == 3 * 7
     for name, value in values.items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_model_has_shapes_and_computed_buffers_of_a_real_one(family: str) -> None:
+    config = family_config(family)
+    got, want = empty_model(config, torch.bfloat16), AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    def shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+
+    assert shapes(got) == shapes(want)
+    assert all(p.is_meta for p in got.parameters() if p.dim() > 1)
+    buffers, real = dict(got.named_buffers()), dict(want.named_buffers())
+    assert buffers.keys() == real.keys() and buffers
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, real[name]) and buffer.dtype is real[name].dtype, name
 
 
 def test_qkv_and_gate_up_run_as_one_matmul_each(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from lorikeet.adapters.inspection import inspect_directory
 from lorikeet.server import cli
 from lorikeet.server.evaluation.advice import advise
 from lorikeet.server.evaluation.divergence_result import Divergence
-from lorikeet.server.evaluation.measured import MeasuredTable, Way
+from lorikeet.server.evaluation.measured import MeasuredTable, StepTimes, Way
 from lorikeet.server.evaluation.perplexity import Perplexity
 from lorikeet.server.evaluation.report import PathResult
 
@@ -64,7 +65,8 @@ def test_a_table_keeps_what_was_measured_with_the_same_settings(tmp_path):
     settings = {"text": "t", "context": 64}
     for way, found in TABLE.items():
         table.put(way, settings, found)
-    assert MeasuredTable(tmp_path, "d" * 64).all() == TABLE
+    untimed = {way: replace(found, step_s=None) for way, found in TABLE.items()}
+    assert MeasuredTable(tmp_path, "d" * 64).all() == untimed
     assert table.get(Way.UNMERGED, settings) == TABLE[Way.UNMERGED]
     assert table.get(Way.UNMERGED, {**settings, "context": 32}) is None
     # Of another text: no longer comparable with the unmerged adapter's.
@@ -73,6 +75,20 @@ def test_a_table_keeps_what_was_measured_with_the_same_settings(tmp_path):
     path = next(tmp_path.rglob("merged_autoround.json"))
     path.write_text(path.read_text()[:50])
     assert Way.MERGED_AUTOROUND not in table.all()
+
+
+def test_step_times_are_those_that_were_taken_side_by_side(tmp_path):
+    table = MeasuredTable(tmp_path, "d" * 64)
+    for way, found in TABLE.items():
+        table.put(way, {"text": "t"}, found)
+    assert table.steps() is None
+    times = StepTimes("here, today", 4, {Way.UNMERGED: [0.03, 0.01, 0.02], Way.MERGED_NF4: [0.5, 0.7, 0.6]})
+    table.put_steps(times)
+    assert MeasuredTable(tmp_path, "d" * 64).steps() == times
+    seconds = {way: found.step_s for way, found in table.all().items()}
+    assert seconds == {**dict.fromkeys(TABLE), Way.UNMERGED: 0.02, Way.MERGED_NF4: 0.6}
+    next(tmp_path.rglob("steps.json")).write_text('{"seconds": {"no way": [1]}}')
+    assert table.steps() is None
 
 
 @pytest.fixture
@@ -101,6 +117,17 @@ def test_the_command_reads_reports(merged, capsys):
     assert len(found["advice"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("onto", "to", "said"),
+    [("nf4", "gptq", "where size counts, merged GPTQ"), ("original", "fp32", "merged 32-bit onto original")],
+)
+def test_the_command_knows_every_form(onto, to, said, merged, capsys):
+    report = json.loads((merged / "merge_report.json").read_text()) | {"onto": onto, "to": to}
+    (merged / "merge_report.json").write_text(json.dumps(report))
+    assert cli.run(["advise", "--adapter", str(ADAPTER), "--merged", str(merged)]) == 0
+    assert f"- One adapter and one file: {said}" in capsys.readouterr().out
+
+
 def test_the_command_says_what_to_run_and_what_is_wrong(merged, tmp_path, capsys):
     assert cli.run(["advise", "--adapter", str(ADAPTER), "--cache-dir", str(tmp_path / "empty")]) == 2
     assert "lorikeet merge --model BASE" in capsys.readouterr().err
@@ -110,9 +137,10 @@ def test_the_command_says_what_to_run_and_what_is_wrong(merged, tmp_path, capsys
     assert cli.run(["advise", "--adapter", str(other), "--merged", str(merged)]) == 2
     assert "merged from another adapter" in capsys.readouterr().err
     report = json.loads((merged / "merge_report.json").read_text())
-    (merged / "merge_report.json").write_text(json.dumps(report | {"to": "gptq"}))
+    (merged / "merge_report.json").write_text(json.dumps(report | {"to": "int3"}))
     assert cli.run(["advise", "--adapter", str(ADAPTER), "--merged", str(merged)]) == 2
-    assert "written as gptq, and only these are advised on: autoround, awq, bf16, nf4" in capsys.readouterr().err
+    known = "autoround, awq, bf16, fp32, gptq, nf4"
+    assert f"written as int3, and only these are advised on: {known}" in capsys.readouterr().err
     (merged / "merge_report.json").write_text("{}")
     assert cli.run(["advise", "--adapter", str(ADAPTER), "--merged", str(merged)]) == 2
     assert "no merge_report.json that can be read" in capsys.readouterr().err

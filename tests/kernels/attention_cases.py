@@ -48,6 +48,7 @@ CASES = [
     Case("mqa-8", MIXED, group=8, num_kv_heads=1),
     Case("group-17", ((1, 9), (3, 8)), group=17, num_kv_heads=1),
     Case("head-dim-8", ((1, 9), (6, 11)), head_dim=8),
+    Case("head-dim-20", MIXED, head_dim=20, window=9),
     Case("head-dim-48", MIXED, head_dim=48),
     Case("head-dim-64", MIXED, head_dim=64),
     Case("head-dim-80", ((1, 9), (6, 11)), head_dim=80),

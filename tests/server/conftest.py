@@ -26,13 +26,25 @@ def watched_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def merge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory that `server` writes merged models into."""
+    return tmp_path_factory.mktemp("merged")
+
+
+@pytest.fixture(scope="session")
 def server(
-    server_arguments: list[str], tiny_adapters: Path, watched_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    server_arguments: list[str],
+    tiny_adapters: Path,
+    watched_folder: Path,
+    merge_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     """A server with all tiny adapters and room for everything; starting one takes ten seconds, so tests share it."""
     directories = ["--adapters", str(tiny_adapters), "--adapters", str(watched_folder)]
+    # Not at the lowest priority: tests keep every core busy.
+    merging = ["--merge-dir", str(merge_folder), "--merge-priority", "normal"]
     log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(log, *server_arguments, *directories, "--kv-cache-bytes", "32MiB") as server:
+    with running_server(log, *server_arguments, *directories, *merging, "--kv-cache-bytes", "32MiB") as server:
         yield server
 
 

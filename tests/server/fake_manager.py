@@ -18,6 +18,7 @@ from lorikeet.adapters.info import (
 )
 from lorikeet.adapters.reference import parse_reference
 from lorikeet.adapters.scaling import Scaling
+from lorikeet.adapters.version import AdapterVersion
 
 KJV = AdapterInfo(
     adapter_id="kjv", digest="d" * 64, state=AdapterState.READY, tier=Tier.DEVICE, bytes=12345, max_rank=8,
@@ -40,6 +41,7 @@ class FakeManager:
         fail: raised by every call.
         gates: by method: calls of it block until the event is set.
         entered: released once for each call that came to its gate.
+        held: versions that were resolved and not released.
     """
 
     infos: list[AdapterInfo] = field(default_factory=lambda: [KJV, OLD_KJV])
@@ -49,6 +51,7 @@ class FakeManager:
     gates: dict[str, threading.Event] = field(default_factory=dict)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     threads: set[str] = field(default_factory=set)
+    held: list[AdapterVersion] = field(default_factory=list)
 
     def load(self, adapter_id, source=None, options=None):
         self._enter("load", adapter_id, source, options)
@@ -94,6 +97,22 @@ class FakeManager:
         self._enter("delete_alias", name)
         if self.aliases.pop(name, None) is None:
             raise AdapterNotFoundError(f"There is no alias {name!r}.")
+
+    def resolve(self, reference, routing_key=""):
+        self._enter("resolve", reference)
+        alias = self.aliases.get(reference)
+        name, digest = (alias.targets[0].adapter_id, alias.targets[0].digest) if alias else (reference, "")
+        info = self.get(name)
+        self.held.append(version := AdapterVersion(info.adapter_id, digest or info.digest))
+        return version
+
+    def release(self, version):
+        self.held.remove(version)
+
+    def copy_files(self, version, target):
+        self._enter("copy_files", version, target)
+        target.mkdir(parents=True)
+        (target / "adapter_config.json").write_text(version.digest)
 
     def list_aliases(self):
         self._enter("list_aliases")

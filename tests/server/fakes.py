@@ -26,10 +26,12 @@ from lorikeet.server.event_stream import EventBridge
 from lorikeet.server.generation_service import GenerationService
 from lorikeet.server.grpc_server import GrpcServer
 from lorikeet.server.interceptors import ErrorInterceptor, current_request_id
+from lorikeet.server.operations_service import OperationsService
 from lorikeet.server.prompts import PromptEncoder
 from lorikeet.server.status import RemoteError, remote_error
 
 from .fake_manager import FakeManager
+from .fake_merges import FakeMerges
 
 VOCAB_SIZE = 100
 MAX_CONTEXT = 64
@@ -197,20 +199,25 @@ async def serve(
     engine: FakeEngine | None = None,
     access: Access | None = None,
     options: Sequence[tuple[str, int]] | None = None,
+    merges: FakeMerges | None = None,
 ) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel, int]]:
     """A whole server on a free port of this process, and a channel with these options to it."""
     prompts = PromptEncoder(FakeTokenizer(), VOCAB_SIZE)
     bridge = EventBridge(asyncio.get_running_loop())
     composition = FakeAdapters().composition
     generation = GenerationService(engine or FakeEngine(), composition, prompts, bridge, MAX_CONTEXT, access)
-    adapters = AdapterService(manager or FakeManager(), access)
+    manager = manager or FakeManager()
+    adapters = AdapterService(manager, access)
+    merging = (merges or FakeMerges()).service(manager, access)
+    operations = OperationsService(merging.operations, access)
     server = GrpcServer(2**20, lambda *call: None)
-    port = await server.start("127.0.0.1", 0, generation, adapters)
+    port = await server.start("127.0.0.1", 0, generation, adapters, merging, operations)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
             yield server, channel, port
     finally:
         await server.stop(1)
+        await merging.close()
         adapters.close()
         prompts.close()
 

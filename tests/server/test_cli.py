@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from lorikeet.server import cli, cli_serve
-from lorikeet.server.errors import BaseModelError
+from lorikeet.server.cli_serve import check_merge_dir
+from lorikeet.server.errors import BaseModelError, ConfigError
 
 LORIKEET = [sys.executable, "-c", "from lorikeet.server.cli import main; main()"]
 
@@ -20,7 +21,8 @@ CLIENT_COMMANDS = [
     for command in (
         "generate x", "health", "adapters list", "adapters get a", "adapters load a", "adapters unload a",
         "adapters rollback a", "adapters prefetch a", "adapters pin a", "adapters unpin a", "adapters alias set a b",
-        "adapters alias delete a", "adapters alias list",
+        "adapters alias delete a", "adapters alias list", "adapters merge start a --output b --unverified",
+        "adapters merge list", "adapters merge get a", "adapters merge cancel a", "adapters merge delete a",
     )
 ]  # fmt: skip
 
@@ -30,13 +32,15 @@ def run(*arguments):
 
 
 ADAPTER_COMMANDS = (
-    "list", "get", "load", "unload", "rollback", "prefetch", "pin", "unpin", "alias", "inspect", "golden",
+    "list", "get", "load", "unload", "rollback", "prefetch", "pin", "unpin", "alias", "merge", "inspect", "golden",
 )  # fmt: skip
 ALIAS_COMMANDS = ("set", "delete", "list")
+MERGE_COMMANDS = ("start", "list", "get", "cancel", "delete")
 COMMANDS = [
     *([name] for name in ("serve", "generate", "adapters", "health", "prepare-demo")),
     *(["adapters", name] for name in ADAPTER_COMMANDS),
     *(["adapters", "alias", name] for name in ALIAS_COMMANDS),
+    *(["adapters", "merge", name] for name in MERGE_COMMANDS),
 ]
 
 
@@ -74,8 +78,9 @@ def test_every_flag_says_what_it_is_and_what_without_it(command):
         ([], ["serve", "generate", "adapters", "health"]),
         (["adapters"], ADAPTER_COMMANDS),
         (["adapters", "alias"], ALIAS_COMMANDS),
+        (["adapters", "merge"], MERGE_COMMANDS),
     ],
-    ids=["lorikeet", "adapters", "alias"],
+    ids=["lorikeet", "adapters", "alias", "merge"],
 )
 def test_help_lists_the_subcommands(command, subcommands, capsys):
     text = help_of(command, capsys)
@@ -176,6 +181,13 @@ def test_interrupt_is_status_130(monkeypatch):
 
     monkeypatch.setattr(cli_serve, "serve", interrupt)
     assert cli.run(["serve"]) == 130
+
+
+def test_merge_directory_must_be_writable_and_no_adapters_folder(tmp_path):
+    check_merge_dir(tmp_path, [tmp_path / "adapters"])
+    for directory, said in ((tmp_path / "nowhere", "no directory"), (tmp_path, "give another")):
+        with pytest.raises(ConfigError, match=said):
+            check_merge_dir(directory, [tmp_path])
 
 
 def test_pasteable_command_names_what_is_needed(monkeypatch, tmp_path):

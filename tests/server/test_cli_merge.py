@@ -12,7 +12,6 @@ import pytest
 import torch
 from lorikeet.adapters.merge import staging
 from lorikeet.adapters.merge.errors import MergeCancelledError
-from lorikeet.adapters.merge.progress import CancelCheck
 from lorikeet.adapters.merge.targets import Target
 from lorikeet.server import merge_autoround, merge_report
 from lorikeet.server.cli import run
@@ -230,21 +229,3 @@ def test_a_cancelled_or_interrupted_merge_leaves_nothing(files: Files, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         merge(plan, interrupt, lambda: False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_auto_round_works_beside_its_output_and_leaves_nothing_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\necho layers > $AR_WORK_SPACE/offloaded\necho $AR_WORK_SPACE > {tmp_path}/seen\n")
-    fake.chmod(0o700)
-    monkeypatch.setattr(merge_autoround.sys, "executable", str(fake))
-    staged = tmp_path / "staging"
-    staged.mkdir()
-    calibration = merge_autoround.Calibration(torch.zeros(1, 1, dtype=torch.int64))
-    merge_autoround.quantize(
-        tmp_path, staged / "out", Target.AWQ, calibration, iterations=1, blocks=1, progress=lambda *_: None,
-        check=CancelCheck(),
-    )  # fmt: skip
-    seen = Path((tmp_path / "seen").read_text().strip())
-    assert seen.parent == staged and [path.name for path in staged.iterdir()] == ["out"]

@@ -4,14 +4,16 @@ import socket
 import time
 
 import pytest
+from google.longrunning.operations_pb2_grpc import OperationsServicer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lorikeet.protos.v1 import generation_pb2
 from lorikeet.protos.v1.adapters_pb2_grpc import AdapterServiceServicer
 from lorikeet.protos.v1.generation_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
+from lorikeet.protos.v1.merges_pb2_grpc import MergeServiceServicer
 from lorikeet.server.addresses import join_address, require_free
 from lorikeet.server.errors import ConfigError
-from lorikeet.server.grpc_server import ADAPTER_SERVICE, GENERATION_SERVICE, HEALTH_NAMES, GrpcServer
+from lorikeet.server.grpc_server import GENERATION_SERVICE, HEALTH_NAMES, MERGE_SERVICE, SERVICES, GrpcServer
 
 from .fakes import FakeEngine, error_of, one_token_each, serve
 
@@ -36,15 +38,13 @@ async def test_reflection_lists_and_describes_the_services():
         requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=GENERATION_SERVICE),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=MERGE_SERVICE),
         ]
-        listed, described = [response async for response in stub.ServerReflectionInfo(iter(requests))]
+        listed, described, merging = [response async for response in stub.ServerReflectionInfo(iter(requests))]
     names = {service.name for service in listed.list_services_response.service}
-    assert names == {
-        GENERATION_SERVICE,
-        ADAPTER_SERVICE,
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1alpha.ServerReflection",
-    }
+    assert names == {*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert len(SERVICES) == 4
+    assert b"MergeAdapter" in merging.file_descriptor_response.file_descriptor_proto[0]
     assert b"GenerateStream" in described.file_descriptor_response.file_descriptor_proto[0]
 
 
@@ -83,7 +83,10 @@ async def test_port_in_use_is_named_with_the_flag_that_changes_it():
             require_free("gRPC", "127.0.0.1", port, "--")
         second = GrpcServer(2**20, lambda *call: None)
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*in use.*--port"):
-            await second.start("127.0.0.1", port, GenerationServiceServicer(), AdapterServiceServicer())
+            services = (
+                GenerationServiceServicer(), AdapterServiceServicer(), MergeServiceServicer(), OperationsServicer(),
+            )  # fmt: skip
+            await second.start("127.0.0.1", port, *services)
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])

@@ -93,6 +93,22 @@ def test_observation_moves_its_metric(registry, metrics, call, arguments, sample
     assert registry.get_sample_value(sample, labels) == value
 
 
+def test_merges_are_counted_by_state_outcome_and_progress(registry, metrics):
+    def value(name, **labels):
+        return registry.get_sample_value(f"lorikeet_{name}", labels)
+
+    assert [value("merges_pending", state=state) for state in ("queued", "running")] == [0, 0]
+    metrics.on_merges(queued=2, running=1)
+    metrics.on_merge_progress(0.25)
+    assert [value("merges_pending", state=state) for state in ("queued", "running")] == [2, 1]
+    assert value("merge_progress_ratio") == 0.25
+    metrics.on_merge_ended("ok", 12.5)
+    metrics.on_merge_ended("MERGE_DISK", 3.0)
+    assert value("merge_progress_ratio") == 0
+    assert [value("merges_total", outcome=outcome) for outcome in ("ok", "merge_disk")] == [1, 1]
+    assert value("merge_seconds_sum") == 12.5
+
+
 def test_adapters_beyond_the_cap_share_a_label(registry, metrics):
     for name in ("a", "b", "c", "d", "a", ""):
         metrics.on_preempted(name)

@@ -28,12 +28,15 @@ def adapter(
         ("load_in_4bit: false\nload_in_4bit: true", "org/model", Onto.NF4, "load_in_4bit: true"),
         ("Learned with QLoRA.", "org/model", Onto.NF4, "says QLoRA"),
         ("| base while training | `x`, NF4 with double quantization |", None, Onto.NF4, "says NF4"),
+        ("| base while training | `x`, 16 bit |\n\nOn the NF4 base: 51", None, Onto.ORIGINAL, "while training: 16 bit"),
+        ("base while training: 16 bit", None, Onto.ORIGINAL, "while training: 16 bit"),
         ("A LoRA.", "org/model", Onto.NF4, "do not say"),
         (None, None, Onto.NF4, "do not say"),
         (None, "org/model-nf4tune", Onto.NF4, "do not say"),
     ],
     ids=[
-        "bnb-name", "nf4-name", "peft-card", "16-bit-card", "two-settings", "qlora-card", "nf4-card", "plain-card",
+        "bnb-name", "nf4-name", "peft-card", "16-bit-card", "two-settings", "qlora-card", "nf4-card", "16-bit-row",
+        "16-bit-words", "plain-card",
         "nothing", "no-suffix",
     ],
 )  # fmt: skip
