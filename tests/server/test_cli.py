@@ -59,7 +59,7 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != ["serve"]], ids=" ".join)
 def test_every_flag_says_what_it_is_and_what_without_it(command):
     """Switches are off by default, and positional arguments have none; every other flag names its default."""
-    parser = cli.build_parser()
+    parser = build_parser()
     for name in command:
         [subcommands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         parser = subcommands.choices[name]
@@ -135,7 +135,7 @@ def test_client_name_of_flag_or_environment_goes_with_every_command(monkeypatch,
     if environment is not None:
         monkeypatch.setenv("LORIKEET_CLIENT", environment)
     for command in CLIENT_COMMANDS:
-        assert cli.build_parser().parse_args([*command, *arguments]).client == name
+        assert build_parser().parse_args([*command, *arguments]).client == name
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
