@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lorikeet.server import cli, cli_serve
+from lorikeet.server.cli_parser import build_parser
 from lorikeet.server.cli_serve import check_merge_dir
 from lorikeet.server.errors import BaseModelError, ConfigError
 
