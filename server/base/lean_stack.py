@@ -54,12 +54,13 @@ class LeanStack:
             paged: where the rows are in the cache.
 
         Returns:
-            What the MLP of the last layer came to, as `hidden`; None: rows have tensors of their own in a layer, and
-            nothing was done.
+            What the MLP of the last layer came to, as `hidden`; None: rows have tensors of their own in a layer or are
+            laid out otherwise, and nothing was done.
         """
         batch, adapters = self._batch, None
         if batch is not None and batch.passes:
-            if not self._paths.isdisjoint(batch.own.by_module):
+            # No rows for a CPU: the step is laid out as one that is captured (on a CPU only where tests repeat it).
+            if batch.flat_rows is None or not self._paths.isdisjoint(batch.own.by_module):
                 return None
             adapters = _adapters(batch)
         caches = self._caches.get(paged.cache)
@@ -118,7 +119,7 @@ def _paths(layer: LeanLayer) -> list[str]:
 
 
 def _adapters(batch: LoraBatch) -> StackAdapters:
-    assert batch.flat_rows is not None  # on a CPU
+    assert batch.flat_rows is not None  # asked before
     affines = []
     for each in batch.passes:
         if each.affines is not None:

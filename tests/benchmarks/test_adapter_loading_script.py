@@ -1,6 +1,7 @@
 """`make bench-loading` on a tiny model: the real script, and what it leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("bench-loading")
+    # A context that no stream comes to the end of while it is watched.
+    model = shutil.copytree(tiny_model, tmp_path_factory.mktemp("long") / "model")
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 65_536}))
     # Rank 27 of the tiny base; the files are smaller than --quick alone would make them.
     options = ("--quick", "--adapter-mb", "0.2", "--seconds", "0.5", "--threads", "1", "--device", "cpu")
-    return run_script("adapter_loading.py", "--model", tiny_model, "--out", out, *options), out
+    return run_script("adapter_loading.py", "--model", model, "--out", out, *options), out
 
 
 def test_loading_prints_ratios_before_the_tables(finished):

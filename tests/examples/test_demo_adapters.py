@@ -47,9 +47,14 @@ def test_there_is_one_adapter_for_each_method():
 
 
 @each_adapter
-def test_a_folder_holds_config_weights_and_card_and_no_more(name):
+def test_a_folder_holds_config_weights_card_calibration_text_and_no_more(name):
     folder = EXAMPLES / "adapters" / name
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "calibration.txt",
+    }
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_BYTES
 
 

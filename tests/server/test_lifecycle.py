@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -68,12 +69,17 @@ def app():
     return SimpleNamespace(
         config=ServerConfig(port=0, metrics_port=0, drain_timeout_s=7),
         base=SimpleNamespace(
-            tokenizer=FakeTokenizer(), vocab_size=100, device="cpu", compute_dtype="torch.float32", nf4_bytes=1000
+            tokenizer=FakeTokenizer(),
+            vocab_size=100,
+            device="cpu",
+            compute_dtype="torch.float32",
+            nf4_bytes=1000,
+            fingerprint=None,
         ),
         manager=manager,
         composition=manager.composition,
         tokenizers=SimpleNamespace(rules=lambda vocabulary: None, close=lambda: None),
-        state=SimpleNamespace(close=lambda: None),
+        state=SimpleNamespace(close=lambda: None, incoming=Path("incoming")),
         policy=PolicyHolder(None),
         watcher=None,
         engine=Engine(),
