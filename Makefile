@@ -99,7 +99,7 @@ demo: $(RUN_READY)
 # -P: with the root on sys.path, our kernels/ would be importable as `kernels`, a package that transformers probes for.
 test: $(DEV_READY) ## the whole test suite on the CPU
 	@$(MAKE) demo PY="$(PY)" || echo 'make: no demo base; the tests that need it will skip and say so'
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' -n $(TEST_WORKERS) --dist loadfile \
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -m 'not gpu' -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
 soak: $(DEV_READY) ## an hour of random loads, replacements, cancels, faults and kills; every invariant holds, nothing is left
