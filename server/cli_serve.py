@@ -1,5 +1,6 @@
 """`lorikeet serve` and `lorikeet prepare-demo`: the commands that load a model."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -77,15 +78,17 @@ def check_surroundings(config: ServerConfig) -> None:
 
 
 def check_merge_dir(directory: Path, adapters: Sequence[Path]) -> None:
-    """Raise ConfigError unless merged models can be written there."""
-    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"--merge-dir names {directory}, which is no directory that this user may write to.")
+    """Make the directory, and raise ConfigError unless merged models can be written there."""
     for watched in adapters:
         if directory.resolve().is_relative_to(watched.resolve()):
             raise ConfigError(
                 f"--merge-dir names {directory}, which lies in a directory of --adapters, whose subfolders are "
                 "adapters; give another."
             )
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"--merge-dir names {directory}, which is no directory that this user may make or write to.")
 
 
 def client_command(address: str, adapter_ids: Sequence[str]) -> str:

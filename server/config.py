@@ -145,7 +145,7 @@ class ServerConfig(BaseSettings):
     merge_dir: Path | None = _field(
         "Merging",
         None,
-        "Directory that MergeService writes merged models into. Unset: it merges nothing.",
+        "Directory that MergeService writes merged models into, made if need be. Unset: it merges nothing.",
     )
     merge_max_queued: int = _field(
         "Merging",

@@ -184,11 +184,14 @@ def test_interrupt_is_status_130(monkeypatch):
     assert cli.run(["serve"]) == 130
 
 
-def test_merge_directory_must_be_writable_and_no_adapters_folder(tmp_path):
-    check_merge_dir(tmp_path, [tmp_path / "adapters"])
-    for directory, said in ((tmp_path / "nowhere", "no directory"), (tmp_path, "give another")):
+def test_merge_directory_is_made_and_must_be_writable_and_no_adapters_folder(tmp_path):
+    check_merge_dir(tmp_path / "merged" / "here", [tmp_path / "adapters"])
+    assert (tmp_path / "merged" / "here").is_dir()
+    (tmp_path / "file").write_text("")
+    for directory, said in ((tmp_path / "file", "no directory"), (tmp_path / "adapters" / "here", "give another")):
         with pytest.raises(ConfigError, match=said):
-            check_merge_dir(directory, [tmp_path])
+            check_merge_dir(directory, [tmp_path / "adapters"])
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_pasteable_command_names_what_is_needed(monkeypatch, tmp_path):
