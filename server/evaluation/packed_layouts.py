@@ -2,8 +2,9 @@
 
 transformers reads these layouts by a package of GPU kernels (gptqmodel), which asks for versions of torch and others of
 its own. What a model answers depends on the values alone, so they are unpacked here; how fast it would answer cannot be
-said then. Both layouts hold eight values in an int32, in groups of rows that share a scale and a zero point:
-weight = (q - zero) * scale.
+said then. AutoRound's layout is GPTQ's; auto-round reads it itself, but computes in float16, which takes a CPU minutes
+where float32 takes seconds, so on a CPU it is unpacked too. Both layouts hold eight values in an int32, in groups of
+rows that share a scale and a zero point: weight = (q - zero) * scale.
 
 AWQ (github.com/casper-hansen/AutoAWQ, version GEMM): qweight [in, out / 8] and qzeros [in / group, out / 8] pack
 columns, those of an int32 in the order 0 2 4 6 1 3 5 7 from the lowest bits. GPTQ (github.com/AutoGPTQ/AutoGPTQ):
@@ -22,13 +23,24 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from .errors import EvaluationError
 
-METHODS: Final = ("awq", "gptq")
-"""The layouts, as config.json names them."""
 _BITS: Final = 4
 _PER_WORD: Final = 32 // _BITS
 # Of the bits of an AWQ int32 from the lowest, the column that each four belong to; and where a column's four are.
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES: Final = tuple(_AWQ_ORDER.index(column) for column in range(_PER_WORD))
+
+
+def layout_of(settings: Mapping[str, Any], device: torch.device) -> str:
+    """Which layout a model's weights are unpacked from: `awq`, `gptq`, or nothing where a package reads them.
+
+    Args:
+        settings: the quantization's, from its config.json; empty where there is none.
+        device: that evaluates the model.
+    """
+    method = str(settings.get("quant_method", ""))
+    if method == "auto-round" and device.type == "cpu" and settings.get("packing_format") == "auto_round:auto_gptq":
+        return "gptq"
+    return method if method in ("awq", "gptq") else ""
 
 
 def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
@@ -63,12 +75,13 @@ def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, less_one: bo
     return _weight(values, _nibbles(qzeros).flatten(1) + int(less_one), scales)
 
 
-def load_unpacked(directory: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def load_unpacked(directory: Path, settings: Mapping[str, Any], layout: str, dtype: torch.dtype) -> Any:
     """A causal LM of transformers with unpacked weights, on the CPU.
 
     Args:
-        directory: a model in one of METHODS.
+        directory: of the model.
         settings: the quantization's, from its config.json.
+        layout: of its weights, `awq` or `gptq`.
         dtype: of the weights, and of what it computes in.
 
     Raises:
@@ -87,7 +100,7 @@ def load_unpacked(directory: Path, settings: Mapping[str, Any], dtype: torch.dty
     for path in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
         qweight, qzeros, scales = (stored.pop(f"{path}.{part}") for part in ("qweight", "qzeros", "scales"))
         stored.pop(f"{path}.g_idx", None)  # without desc_act rows are in their order
-        if settings["quant_method"] == "awq":
+        if layout == "awq":
             weight = unpack_awq(qweight, qzeros, scales)
         else:
             less_one = settings.get("checkpoint_format") != "gptq_v2"

@@ -1,6 +1,6 @@
 """A model directory as transformers loads it: plain, or quantized in any way that it has a package for.
 
-Of AWQ's and GPTQ's layouts the values are unpacked (packed_layouts.py).
+Of AWQ's and GPTQ's layouts, and on a CPU of AutoRound's, the values are unpacked (packed_layouts.py).
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ..golden_reference import compute_in_float32
 from .errors import EvaluationError
-from .packed_layouts import METHODS, load_unpacked
+from .packed_layouts import layout_of, load_unpacked
 
 # What a quantization method of transformers needs, by the name in config.json: package -> what to install.
 _PACKAGES: Final = {"auto-round": "auto-round", "bitsandbytes": "bitsandbytes"}
@@ -45,7 +45,7 @@ class TransformersModel:
         self.disk_bytes = disk_bytes(directory)
         self.resident_bytes = tensor_bytes(directory)
         settings = _quantization(directory)
-        self.is_timed = settings.get("quant_method") not in METHODS
+        self.is_timed = not layout_of(settings, device)
         self._device = device
         self._model = _load(directory, settings, device, compute_dtype)
 
@@ -124,12 +124,12 @@ def _quantization(directory: Path) -> dict[str, Any]:
 
 
 def _load(directory: Path, settings: dict[str, Any], device: torch.device, compute_dtype: torch.dtype) -> Any:
-    method = str(settings.get("quant_method", ""))
+    method, layout = str(settings.get("quant_method", "")), layout_of(settings, device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if method in METHODS:
-                model = load_unpacked(directory, settings, compute_dtype).to(device).eval()
+            if layout:
+                model = load_unpacked(directory, settings, layout, compute_dtype).to(device).eval()
             else:
                 model = AutoModelForCausalLM.from_pretrained(
                     directory,
@@ -150,6 +150,6 @@ def _load(directory: Path, settings: dict[str, Any], device: torch.device, compu
         raise EvaluationError(
             f"transformers cannot load the model in {directory.name}{kind}: {type(error).__name__}.", {"field": "model"}
         ) from error
-    if compute_dtype is torch.float32 and method in ("", "bitsandbytes", *METHODS):
+    if compute_dtype is torch.float32 and (layout or method in ("", "bitsandbytes")):
         compute_in_float32(model)
     return model

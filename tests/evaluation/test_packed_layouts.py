@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lorikeet.server.evaluation.errors import EvaluationError
-from lorikeet.server.evaluation.packed_layouts import unpack_awq, unpack_gptq
+from lorikeet.server.evaluation.packed_layouts import layout_of, unpack_awq, unpack_gptq
 from lorikeet.server.evaluation.transformers_model import TransformersModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -128,3 +128,19 @@ def test_what_is_packed_otherwise_is_refused(wrong: dict[str, object], quantized
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(EvaluationError, match="in a form that is not read here"):
         TransformersModel(quantized, device=CPU, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "layout"),
+    [
+        ({}, "cpu", ""),
+        ({"quant_method": "bitsandbytes"}, "cpu", ""),
+        ({"quant_method": "awq"}, "cuda", "awq"),
+        ({"quant_method": "gptq"}, "cpu", "gptq"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "cpu", "gptq"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "cuda", ""),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "cpu", ""),
+    ],
+)
+def test_what_is_unpacked(settings: dict[str, str], device: str, layout: str) -> None:
+    assert layout_of(settings, torch.device(device)) == layout
