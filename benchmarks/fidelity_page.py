@@ -24,8 +24,9 @@ nats. Memory is what the weights take in the types that they are stored in.
 
 Merged AutoRound, AWQ and NF4 are made of the adapter merged onto NF4's values in 16 bit. AWQ is the algorithm of that
 name (auto-round's: its search for scales, without that for clipping, then rounding to the nearest), in the layout of
-that name; it is scored by the values that its file stands for. AutoRound learns how to round. `lorikeet merge --to
-gptq` writes AutoRound's values in GPTQ's layout, not what the algorithm GPTQ gives, and is no way of its own here.
+that name. AutoRound learns how to round. Both are scored by the values that their files stand for, and not timed: what
+reads them computes in float16, which takes a CPU minutes. `lorikeet merge --to gptq` writes AutoRound's values in
+GPTQ's layout, not what the algorithm GPTQ gives, and is no way of its own here.
 """
 
 STEPS = """\

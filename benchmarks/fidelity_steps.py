@@ -11,14 +11,13 @@ from lorikeet.server.evaluation.step_times import Stepper, step_times
 from measurement import Spread, ratio
 from tqdm import tqdm
 
-# Of AWQ's and GPTQ's layouts the unpacked values would be timed; what is in 32 bit is for comparisons.
+# Of AutoRound's, AWQ's and GPTQ's layouts the unpacked values would be timed; what is in 32 bit is for comparisons.
 TIMED = (
     Way.BASE_16BIT,
     Way.BASE_NF4,
     Way.UNMERGED,
     Way.MERGED_ONTO_ORIGINAL,
     Way.MERGED_ONTO_NF4,
-    Way.MERGED_AUTOROUND,
     Way.MERGED_NF4,
 )
 ROUNDS = 11
