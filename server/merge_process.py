@@ -71,7 +71,9 @@ class MergeRunner:
                 stderr=said,
                 env=self._environment,
                 limit=_LINE_BYTES,
-                start_new_session=True,  # signals of the server's terminal are not for it; its children end with it
+                # Signals of the server's terminal are not for it; its children end with it. Not a session of its own:
+                # Linux gives each session a fair share (sched_autogroup), whatever the priority of what runs in it.
+                process_group=0,
             )
             ending = asyncio.ensure_future(_end_when_cancelled(process, operation))
             try:
