@@ -19,7 +19,7 @@ from .attention_cpu import LANES
 from .contract import check
 from .decoder_parts import StackAdapters, StackLayer, StackLinear, StackPaging
 from .native.functions import ADDRESS, TYPE_NUMBERS, function
-from .nf4_tiles import TILE
+from .nf4_tiles import TILE, Layout
 from .nf4_weight import BLOCK
 from .rope import check_rotation
 
@@ -57,7 +57,7 @@ class _Affines(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_layers", "type", "hidden_width")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "type", "in_pairs", "hidden_width")),
         *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("hidden", "out", "space", "wide", "rotations", "keys", "values")),
@@ -104,11 +104,16 @@ class DecoderStack:
         self._query_width, self._qkv_width = num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
         self._hidden_width, self._mlp_width = layers[0].qkv.weight.in_features, layers[0].down.weight.in_features
         self._head_norm = layers[0].head_norm
+        self._layout = layers[0].qkv.weight.layout
+        check(
+            self._layout is Layout.TILES or (self._layout is Layout.PAIRS and dtype is torch.bfloat16),
+            lambda: f"weights must be in tiles, or with bfloat16 in pairs, got {self._layout.value} with {dtype}",
+        )
         self._kept: list[Any] = [layers]  # whatever the tables point to
         sites = [linear.lora for layer in layers for linear in layer.linears if linear.lora is not None]
         self._num_slots = min((site.num_slots for site in sites), default=0)
         self._num_sites = 1 + max(linear.site for layer in layers for linear in layer.linears)
-        # Before or after a linear its input and output are there in fp32, too, where the model has another type.
+        # Before or after a linear its input and output are there in fp32, too, where its kernel takes no other type.
         self._widest = max(
             linear.weight.in_features + linear.weight.out_features for layer in layers for linear in layer.linears
         )
@@ -118,6 +123,7 @@ class DecoderStack:
             layers=ctypes.addressof(tables),
             num_layers=len(layers),
             type=TYPE_NUMBERS[dtype],
+            in_pairs=self._layout is Layout.PAIRS,
             hidden_width=self._hidden_width,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -156,7 +162,7 @@ class DecoderStack:
         shared = max(self._qkv_width + self._query_width, 3 * self._mlp_width)
         space = hidden.new_empty(num_rows * (self._hidden_width + shared))
         wide = None
-        if self._dtype is not torch.float32:
+        if self._dtype is not torch.float32 and self._layout is Layout.TILES:
             wide = torch.empty(num_rows * self._widest, dtype=torch.float32)
         self._check_paging(space, rotations, paging, num_rows)
         step.num_rows, step.threads = num_rows, torch.get_num_threads()
@@ -242,10 +248,10 @@ class DecoderStack:
     def _describe_linear(self, linear: StackLinear, in_features: int, out_features: int) -> _Linear:
         weight, lora, affines = linear.weight, linear.lora, linear.affines
         check(
-            weight.is_tiled and (weight.in_features, weight.out_features) == (in_features, out_features),
+            weight.layout is self._layout and (weight.in_features, weight.out_features) == (in_features, out_features),
             lambda: (
-                f"a weight must be tiled, {out_features} x {in_features},"
-                f" got {weight.out_features} x {weight.in_features}"
+                f"a weight must be in {self._layout.value}, {out_features} x {in_features},"
+                f" got {weight.layout.value}, {weight.out_features} x {weight.in_features}"
             ),
         )
         assert isinstance(weight.absmax, Tensor)

@@ -16,7 +16,7 @@ class StackLinear(NamedTuple):
     """A linear of a layer, and the adapters of its site.
 
     Attributes:
-        weight: tiled.
+        weight: in tiles; of all linears of a stack in the same layout.
         bias: [out_features] in the model's dtype, or None.
         site: its entry in `StackAdapters.is_adapted` and `StackAffines.has`.
         lora: low-rank deltas; None: it has no adapters.

@@ -3,22 +3,22 @@
 Which implementation runs:
 - CUDA: our matmul over the codes for few rows, our dequantization and `F.linear` for many, or `bitsandbytes::gemm_4bit`
   where that is faster and its contract fits (one second-level offset, so no stack): see `nf4_dispatch`.
-- CPU with AVX512-BF16, bf16 compute, rows a multiple of 32: bitsandbytes' fused CPU kernel, on weights repacked once.
-- other CPUs: our native kernel, in fp32, on weights repacked once (`nf4_cpu`, `nf4_tiles`).
+- CPUs: a native kernel, on weights repacked once (`nf4_cpu`, `nf4_tiles`): in fp32, or, where the CPU multiplies
+  bfloat16 (AVX512-BF16) and the model is computed in it, by those instructions.
 - without the native library, or codes not repacked: bitsandbytes dequantizes this one weight, then `F.linear`.
 
 The operators are registered as `torch.ops.lorikeet.nf4_linear` and `nf4_dequantize`; call them by the functions of this
 module. The reference is `nf4_linear_reference`.
 """
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .nf4_contract import check_linear, check_weight
-from .nf4_cpu import prepare_for_cpu, tiled_linear, unpack_rows
+from .nf4_cpu import prepare_for_cpu, tiled_linear
 from .nf4_dispatch import ROW_BUCKETS, GemmTile, choose_way
+from .nf4_tiles import Layout
 from .nf4_weight import BLOCK, NestedAbsmax, NF4Weight, dequantize_rows
 
 # A weight: `absmax` is float32 with `code_map`, `scales` and `offsets` None, or the codes of nested constants.
@@ -46,13 +46,10 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         RuntimeError: on CUDA, a tensor breaks this contract.
         ValueError: likewise on a CPU, where the weight was repacked.
     """
-    if weight.is_tiled:
+    if weight.layout is not Layout.CANONICAL:
         return tiled_linear(x, weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
-    if weight.cpu_state is not None:
-        y: Tensor = bnb.gemv_4bit(x, weight.codes, state=weight.cpu_state)
-        return y if bias is None else y.add_(bias)
     # On a CPU the dispatcher and the checks would take 15 us of a call.
     if x.is_cpu and not torch.compiler.is_compiling():
         return F.linear(x, weight.dequantize(x.dtype), bias)
@@ -61,8 +58,6 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 def nf4_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows [start, stop) dequantized, [stop - start, in_features]; for reading a weight piece by piece."""
-    if weight.cpu_state is not None:
-        return unpack_rows(weight, start, stop).to(dtype)
     if weight.codes.is_cpu:
         return dequantize_rows(weight, start, stop, dtype)
     return torch.ops.lorikeet.nf4_dequantize.default(*_tensors(weight), weight.in_features, start, stop - start, dtype)

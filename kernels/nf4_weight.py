@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from .nf4_tiles import TILE, from_tiles
+from .nf4_tiles import TILE, Layout, from_tiles
 
 BLOCK: Final = 64
 GROUP: Final = 256  # constants
@@ -90,40 +89,32 @@ class NF4Weight:
     """One (possibly stacked) weight.
 
     Attributes:
-        codes: uint8, two 4-bit codes a byte, the even column in the high half. Canonical [out * in / 2]; else with
-            `is_tiled` our tiles (`nf4_tiles`), with `cpu_state` set bitsandbytes' CPU tiles.
-        absmax: float32 [out * in / 64], or nested; tiled, too, with `is_tiled`; empty with `cpu_state` set.
+        codes: uint8, two 4-bit codes a byte: [out * in / 2], or in tiles (`nf4_tiles`).
+        absmax: float32 [out * in / 64], or nested, or in tiles.
         out_features: rows.
         in_features: columns, a multiple of 64.
-        cpu_state: bitsandbytes' state of the repacked weight, or None.
-        is_tiled: repacked for our native CPU kernel.
+        layout: canonical, or repacked for a native CPU kernel.
     """
 
     codes: Tensor
     absmax: Absmax
     out_features: int
     in_features: int
-    cpu_state: bnb.QuantState | None = None
-    is_tiled: bool = False
+    layout: Layout = Layout.CANONICAL
 
     @property
     def nbytes(self) -> int:
         """Resident bytes of codes and constants."""
-        absmax = self.absmax if self.cpu_state is None else self.cpu_state.absmax
-        return self.codes.nbytes + int(absmax.nbytes)
+        return self.codes.nbytes + self.absmax.nbytes
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The whole weight, [out, in] in `dtype`. Used per call on CPUs without a kernel, and by references."""
-        if self.cpu_state is not None:
-            raise ValueError(
-                "this weight was repacked for bitsandbytes' CPU kernel and has no canonical codes any more"
-            )
         return dequantize_rows(self, 0, self.out_features, dtype)
 
 
 def dequantize_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows [start, stop) of a weight with canonical codes, or tiled, by bitsandbytes: [stop - start, in_features]."""
-    if weight.is_tiled:
+    """Rows [start, stop) of a weight in any layout, by bitsandbytes: [stop - start, in_features]."""
+    if weight.layout is not Layout.CANONICAL:
         return _dequantize_tiled(weight, start, stop, dtype)
     k = weight.in_features
     codes = weight.codes[start * k // 2 : stop * k // 2]
@@ -138,7 +129,7 @@ def dequantize_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype
 def _dequantize_tiled(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     assert isinstance(weight.absmax, Tensor)
     tiles = slice(start // TILE, -(-stop // TILE))
-    codes, absmax = from_tiles(weight.codes[tiles], weight.absmax[tiles])
+    codes, absmax = from_tiles(weight.codes[tiles], weight.absmax[tiles], weight.layout)
     first = tiles.start * TILE
     some = NF4Weight(codes, absmax, weight.absmax[tiles].shape[0] * TILE, weight.in_features)
     return dequantize_rows(some, start - first, stop - first, dtype)

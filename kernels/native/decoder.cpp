@@ -41,7 +41,7 @@ struct Affines {
 // `_Step` in kernels/decoder.py.
 struct Step {
     const Layer* layers;
-    int64_t num_layers, type, hidden_width, num_heads, num_kv_heads, head_dim;
+    int64_t num_layers, type, in_pairs, hidden_width, num_heads, num_kv_heads, head_dim;
     double eps;
     void *hidden, *out, *space;
     float* wide;
@@ -121,18 +121,13 @@ private:
 
     // y = what the linear and the adapters of its rows make of x.
     void apply(const Linear& linear, const void* x, void* y) const {
-        const long rows = s_.num_rows, in = linear.in_features, out = linear.out_features;
-        with_type(type_, [&](auto* null) {
-            using T = std::remove_pointer_t<decltype(null)>;
-            if constexpr (std::is_same<T, float>::value) {
-                multiply(linear, static_cast<const float*>(x), static_cast<float*>(y));
-            } else {
-                float *const wide_x = s_.wide, *const wide_y = wide_x + rows * in;
-                convert(static_cast<const T*>(x), wide_x, rows * in, threads_);
-                multiply(linear, wide_x, wide_y);
-                convert(wide_y, static_cast<T*>(y), rows * out, threads_);
-            }
-        });
+        const long in = linear.in_features, out = linear.out_features;
+        if (s_.in_pairs != 0) {
+            lorikeet_nf4_pair_linear(
+                x, in, linear.codes, linear.constants, linear.bias, y, s_.num_rows, out, in, threads_);
+        } else {
+            multiply(linear, x, y);
+        }
         for (long i = 0; i < s_.num_affines; i++) {
             const Affines& each = s_.affines[i];
             if (each.has[linear.site] == 0) continue;
@@ -144,10 +139,23 @@ private:
         }
     }
 
-    void multiply(const Linear& linear, const float* x, float* y) const {
-        lorikeet_nf4_linear(
-            x, linear.in_features, linear.codes, linear.constants, linear.bias, y, s_.num_rows, linear.out_features,
-            linear.in_features, threads_);
+    // In fp32, whatever x and y are stored in.
+    void multiply(const Linear& linear, const void* x, void* y) const {
+        const long rows = s_.num_rows, in = linear.in_features, out = linear.out_features;
+        const auto run = [&](const float* from, float* to) {
+            lorikeet_nf4_linear(from, in, linear.codes, linear.constants, linear.bias, to, rows, out, in, threads_);
+        };
+        with_type(type_, [&](auto* null) {
+            using T = std::remove_pointer_t<decltype(null)>;
+            if constexpr (std::is_same<T, float>::value) {
+                run(static_cast<const float*>(x), static_cast<float*>(y));
+            } else {
+                float *const wide_x = s_.wide, *const wide_y = wide_x + rows * in;
+                convert(static_cast<const T*>(x), wide_x, rows * in, threads_);
+                run(wide_x, wide_y);
+                convert(wide_y, static_cast<T*>(y), rows * out, threads_);
+            }
+        });
     }
 
     const Step& s_;
@@ -159,5 +167,5 @@ private:
 
 // `hidden` [num_rows, hidden_width] becomes the sum that the last layer's MLP is to be added to, `out` what that came
 // to. `space` has room for num_rows times hidden_width and the wider of attention's and the MLP's tensors, `wide`,
-// where the type has 16 bits, for the widest input and output of a linear in fp32.
+// where the type has 16 bits and weights are not in pairs, for the widest input and output of a linear in fp32.
 LORIKEET_EXPORT void lorikeet_decoder_layers(const lorikeet::Step* step) { lorikeet::Decoder(*step).run(); }

@@ -27,6 +27,10 @@ LORIKEET_EXPORT void lorikeet_nf4_linear(
     const float* x, long x_stride, const uint8_t* codes, const float* constants, const float* bias, float* out,
     long num_rows, long out_features, long in_features, int threads);
 
+LORIKEET_EXPORT void lorikeet_nf4_pair_linear(
+    const void* x, long x_stride, const uint8_t* codes, const float* constants, const float* bias, void* out,
+    long num_rows, long out_features, long in_features, int threads);
+
 LORIKEET_EXPORT void lorikeet_lora_add(
     const void* site, const void* rows, const void* x, long x_stride, void* y, long y_stride, int threads);
 

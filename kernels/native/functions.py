@@ -2,7 +2,8 @@
 
 The package's build makes one library for each instruction set (`pyproject.toml`, `ext-modules`). Where there was no C++
 compiler there is none, and the operators' plain-torch implementations run, several times slower; `library_name` is for
-saying so. LORIKEET_NATIVE_KERNELS names one library (`avx2`, `portable`) or none (`off`), for tests and comparisons.
+saying so. LORIKEET_NATIVE_KERNELS names one library (`avx512`, `avx2`, `portable`) or none (`off`), for tests and
+comparisons.
 
 Functions are called by ctypes, which costs 1 to 2 us where torch's dispatcher takes 5 to 10 and needs no torch headers,
 so one build serves every version of torch. They check nothing: callers do. Their loops run on a team of threads of the
@@ -30,8 +31,13 @@ TYPE_NUMBERS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FOLDER: Final = Path(__file__).parent
 _CHOICE: Final = "LORIKEET_NATIVE_KERNELS"
-_LIBRARIES: Final = ("avx2", "portable")
-_INTERFACE: Final = 2  # of library.cpp
+# What /proc/cpuinfo has to list for each, the best one first. What else a library is compiled for came with these.
+_LIBRARIES: Final = {
+    "avx512": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
+    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "portable": (),
+}
+_INTERFACE: Final = 3  # of library.cpp
 
 
 def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[..., None] | None:
@@ -53,9 +59,19 @@ def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[.
 
 
 def library_name() -> str | None:
-    """`avx2` or `portable`; None: there is no library, and plain torch runs."""
+    """`avx512`, `avx2` or `portable`; None: there is no library, and plain torch runs."""
     path = _library_path()
     return None if path is None else path.name.split(".")[0].removeprefix("_")
+
+
+def multiplies_bf16() -> bool:
+    """Whether the library multiplies bfloat16 by instructions made for it; elsewhere fp32 is faster."""
+    return library_name() == "avx512"
+
+
+def can_run(name: str) -> bool:
+    """Whether this CPU has what a library is compiled for."""
+    return _cpu_flags().issuperset(_LIBRARIES[name])
 
 
 @lru_cache
@@ -63,7 +79,10 @@ def _library_path() -> Path | None:
     chosen = os.environ.get(_CHOICE, "")
     if chosen not in ("", "off", *_LIBRARIES):
         raise ValueError(f"{_CHOICE} is {chosen!r}; it can be {', '.join(_LIBRARIES)} or off")
-    names = (chosen,) if chosen else _LIBRARIES[0 if _has_avx2() else 1 :]
+    if chosen in _LIBRARIES and not can_run(chosen):
+        missing = ", ".join(flag for flag in _LIBRARIES[chosen] if flag not in _cpu_flags())
+        raise ValueError(f"{_CHOICE} is {chosen!r}, but this CPU lacks {missing}; unset it, and the best one is taken")
+    names = [chosen] if chosen else [name for name in _LIBRARIES if can_run(name)]
     for name in names:
         for suffix in EXTENSION_SUFFIXES:
             path = _FOLDER / f"_{name}{suffix}"
@@ -72,9 +91,14 @@ def _library_path() -> Path | None:
     return None
 
 
-def _has_avx2() -> bool:
-    # What the library is compiled for (x86-64-v3) beside AVX2 came with the same processors.
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+@lru_cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            line = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return frozenset()  # another system, which gets the portable library
+    return frozenset(line.partition(":")[2].split())
 
 
 @lru_cache

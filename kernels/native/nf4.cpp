@@ -9,38 +9,17 @@
 #include <cstring>
 
 #include "exports.h"
+#include "nf4.h"
 #include "panel.h"
 #include "vec.h"
 
 namespace lorikeet {
 namespace {
 
-constexpr long BLOCK = 64;  // columns that share a constant
-constexpr long GROUP = 4;   // columns whose codes are 32 bytes
-constexpr long GROUP_BYTES = TILE * GROUP / 2;
 constexpr long PANEL = 5 * BLOCK;  // columns decoded at once at most: 20 KiB
 constexpr long MAX_ALONE = 5;      // rows of x that need no panel
 constexpr long MAX_FIRST = 4;      // rows that are multiplied while a panel is made,
 constexpr long MIN_ROWS = 4;       // unless fewer than these would be left for a part of the others
-
-// QLoRA's (arXiv 2305.14314, appendix E), as bitsandbytes 0.50.2 has them.
-constexpr float VALUES[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f};
 
 #if defined(__AVX2__)
 
@@ -52,7 +31,7 @@ public:
         for (int byte = 0; byte < 4; byte++) {
             uint8_t plane[32];
             for (int i = 0; i < 32; i++) {
-                std::memcpy(plane + i, reinterpret_cast<const char*>(VALUES + i % 16) + byte, 1);
+                std::memcpy(plane + i, reinterpret_cast<const char*>(NF4_VALUES + i % 16) + byte, 1);
             }
             planes_[byte] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
         }
@@ -84,7 +63,7 @@ public:
         for (long i = 0; i < 4; i++) {
             for (long lane = 0; lane < LANES; lane++) {
                 const uint8_t byte = group[lane / 4 * 16 + i * 4 + lane % 4];
-                out[i][lane] = VALUES[second ? byte >> 4 : byte & 15];
+                out[i][lane] = NF4_VALUES[second ? byte >> 4 : byte & 15];
             }
         }
     }
@@ -92,23 +71,10 @@ public:
 
 #endif
 
-struct Weight {
-    const uint8_t* codes;    // [tiles, columns / 4, 32]
-    const float* constants;  // [tiles, columns / 64, 16]
-    long columns;
-
-    const uint8_t* codes_of(long tile, long column) const {
-        return codes + (tile * columns + column) / GROUP * GROUP_BYTES;
-    }
-    const float* constants_of(long tile, long column) const {
-        return constants + (tile * columns + column) / BLOCK * TILE;
-    }
-};
-
 // Adds to sums [R, 16] the products of columns [first, first + width). KEEP: the values also go to panel [width, 16].
 template <long R, bool KEEP>
 [[gnu::noinline]] void multiply_codes(
-    const Decoder& decoder, const Input& rows, const Weight& weight, long tile, long first, long width, float* panel,
+    const Decoder& decoder, const Input& rows, const NF4Weight& weight, long tile, long first, long width, float* panel,
     float* sums) {
     Vec total[R][2];
     for (long r = 0; r < R; r++) {
@@ -145,7 +111,7 @@ template <long R, bool KEEP>
 
 // sums [count, 16] of `count` rows for one tile.
 void multiply_tile(
-    const Decoder& decoder, const Input& rows, long count, const Weight& weight, long tile, float* sums) {
+    const Decoder& decoder, const Input& rows, long count, const NF4Weight& weight, long tile, float* sums) {
     std::fill(sums, sums + count * TILE, 0.0f);
     if (count <= MAX_ALONE) {
         with_rows<MAX_ALONE>(count, [&](auto r) {
@@ -180,7 +146,7 @@ LORIKEET_EXPORT void lorikeet_nf4_linear(
     long num_rows, long out_features, long in_features, int threads) {
     using namespace lorikeet;
     static const Decoder decoder;
-    const Weight weight{codes, constants, in_features};
+    const NF4Weight weight{codes, constants, in_features};
     const long tiles = (out_features + TILE - 1) / TILE;
     for (long first_row = 0; first_row < num_rows; first_row += ROW_BLOCK) {
         const long count = std::min(ROW_BLOCK, num_rows - first_row);

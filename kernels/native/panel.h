@@ -86,7 +86,8 @@ static inline void multiply_rows(
 }
 
 // sums [count, 16] plus bias to the first `width` columns of `count` rows of out.
-static inline void write_tile(const float* sums, long count, const float* bias, float* out, long stride, long width) {
+template <class T>
+static void write_tile(const float* sums, long count, const float* bias, T* out, long stride, long width) {
     for (long r = 0; r < count; r++, sums += TILE, out += stride) {
         if (width == TILE) {
             for (long i = 0; i < TILE; i += LANES) {
@@ -94,7 +95,7 @@ static inline void write_tile(const float* sums, long count, const float* bias, 
                 store(out + i, bias == nullptr ? sum : sum + load(bias + i));
             }
         } else {
-            for (long i = 0; i < width; i++) out[i] = sums[i] + (bias == nullptr ? 0.0f : bias[i]);
+            for (long i = 0; i < width; i++) put(out + i, sums[i] + (bias == nullptr ? 0.0f : bias[i]));
         }
     }
 }

@@ -16,6 +16,7 @@ from ...adapters.lora_batch import LoraBatch
 from ...kernels.attention_cpu import LANES
 from ...kernels.decoder import DecoderStack, is_available
 from ...kernels.decoder_parts import CacheTables, StackAdapters, StackAffines, StackLayer, StackLinear, StackPaging
+from ...kernels.nf4_tiles import Layout
 from .attention import KVCache, PagedStep
 from .lean_modules import LeanLayer, LeanModules
 from .linears import NF4Linear
@@ -103,7 +104,7 @@ def _read_linear(module: nn.Module, site: int, batches: set[LoraBatch | None]) -
     lora = affines = batch = None
     if type(module) is LoraLinear:
         base, lora, affines, batch = module.base, module.on_cpu, module.affines, module.batch
-    if type(base) is not NF4Linear or not base.nf4.is_tiled:
+    if type(base) is not NF4Linear or base.nf4.layout is Layout.CANONICAL:
         return None
     batches.add(batch)
     return StackLinear(base.nf4, base.bias, site, lora, affines)

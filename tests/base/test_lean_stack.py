@@ -4,15 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from lorikeet.adapters.device_store import DeviceStore
 from lorikeet.adapters.layers import LoraLinear
 from lorikeet.adapters.lora_batch import LoraBatch
-from lorikeet.kernels import activation, attention_cpu, decoder, lora_cpu, lora_site, nf4_cpu, norm, rope
+from lorikeet.kernels import activation, attention_cpu, decoder, linear, lora_cpu, lora_site, nf4_cpu, norm, rope
 from lorikeet.kernels.native.functions import library_name
+from lorikeet.kernels.nf4_tiles import Layout
 from lorikeet.server.base.lean_decoder import LeanDecoder
+from lorikeet.server.base.linears import NF4Linear
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.base.model import BaseModel
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from ..adapters.hand_made import HandMade
 from ..devices import CPU
 from ..engine.adapted_runner import AdaptedRunner
-from ..kernels.native_libraries import two_threads, use_library
+from ..kernels.native_libraries import multiply_in_pairs, two_threads, use_library
 from .family_models import COMMON, VOCAB, family_config, save_model
 from .paged_driver import PagedDriver
 
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.skipif(library_name() is None, reason="no compiled kern
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BIASES = LlamaConfig(**COMMON, head_dim=48, attention_bias=True, mlp_bias=True)
-no_kernel_for_bf16 = pytest.mark.skipif(bnb.has_avx512bf16(), reason="bitsandbytes' kernel runs in place of ours")
 
 LENGTHS = (23, 1, 40, 9, 31)
 # Steps of (sequence, rows): prompts in chunks beside sequences that decode.
@@ -78,7 +78,7 @@ def adapt(config: PretrainedConfig, dtype: torch.dtype, directory: Path) -> Adap
     scope="module",
     params=[
         pytest.param((family_config("llama"), FP32), id="llama"),
-        pytest.param((family_config("llama"), BF16), id="llama-bf16", marks=no_kernel_for_bf16),
+        pytest.param((family_config("llama"), BF16), id="llama-bf16"),
         pytest.param((family_config("mistral"), FP16), id="mistral-fp16"),  # window
         pytest.param((family_config("qwen2"), FP32), id="qwen2"),  # some biases, a window in some layers
         pytest.param((family_config("qwen3"), FP16), id="qwen3-fp16"),  # norms of heads
@@ -147,6 +147,9 @@ class TestEqualBits:
 def use_library_everywhere(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     for module, signatures in (
         (nf4_cpu, {"_native_linear": ("lorikeet_nf4_linear", *nf4_cpu._ARGUMENTS)}),
+        (nf4_cpu, {"_native_pair_linear": ("lorikeet_nf4_pair_linear", *nf4_cpu._ARGUMENTS)}),
+        (linear, {"_native_linear": ("lorikeet_linear", *linear._ARGUMENTS)}),
+        (linear, {"_native_pair_linear": ("lorikeet_pair_linear", *linear._ARGUMENTS[1:])}),
         (norm, {"_norm": norm._NORM, "_norm_briefly": norm._NORM}),
         (rope, {"_rotate": rope._ROTATE, "_rotate_briefly": rope._ROTATE}),
         (activation, {"_activate": activation._ACTIVATE, "_activate_briefly": activation._ACTIVATE}),
@@ -156,6 +159,34 @@ def use_library_everywhere(monkeypatch: pytest.MonkeyPatch, library: str) -> Non
         (decoder, {"_run_layers": decoder._RUN_LAYERS}),
     ):
         use_library(monkeypatch, library, module, signatures)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+class TestPairs:
+    """As CPUs with AVX512-BF16 compute in bf16, which is not what others do."""
+
+    def test_equal_bits(self, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        multiply_in_pairs(monkeypatch)
+        adapted = adapt(family_config(family), BF16, tmp_path)
+        linears = [each for each in adapted.base.model.modules() if type(each) is NF4Linear]
+        assert linears and all(each.nf4.layout is Layout.PAIRS for each in linears)
+        for slots in (BASE_ONLY, MIXED):
+            check_both(adapted, slots)
+
+    def test_as_near_to_fp32_as_other_bf16(self, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequences = [torch.randint(3, VOCAB, (n,)).tolist() for n in LENGTHS]
+        steps = sum(map(len, SCHEDULE))
+
+        def logits(dtype: torch.dtype) -> Tensor:
+            adapted = adapt(family_config(family), dtype, tmp_path)
+            return torch.cat(run(adapted, sequences, MIXED, one_by_one=False)[:steps]).double()
+
+        exact, usual = logits(FP32), logits(BF16)
+        multiply_in_pairs(monkeypatch)
+        in_pairs = logits(BF16)
+        assert not torch.equal(in_pairs, usual)
+        # Rounding a code's value is one more rounding for each weight beside those of every activation.
+        assert (in_pairs - exact).norm() < 1.5 * (usual - exact).norm()
 
 
 class TestAdaptersThatComeAndGo:

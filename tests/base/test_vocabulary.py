@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorikeet.kernels.linear import takes_16_bits
+from lorikeet.kernels.linear import has_kernel
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.base.model import BaseModel
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from torch import nn
 
 from .family_models import oracle, save_family
 
-pytestmark = pytest.mark.skipif(not takes_16_bits(), reason="built without the C++ kernels")
+pytestmark = pytest.mark.skipif(not has_kernel(torch.float32), reason="built without the C++ kernels")
 
 
 def load(directory: Path) -> BaseModel:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import pytest
 from lorikeet.kernels.native.functions import library_name
 
@@ -56,8 +55,7 @@ def test_profile_accounts_for_the_whole_step(tiny_model: Path, tmp_path: Path) -
             assert sum(parts.values()) == pytest.approx(profile["clocked_step_ms"]["median"])
             assert all(parts[part] > 0 for part in ("head", "norms, rotation, activation", "sampling"))
             in_one_call = parts["all layers in one call"] > 0
-            # Where bitsandbytes has a kernel for bf16, it runs and not ours.
-            assert in_one_call == (way == "profiles" and library_name() is not None and not bnb.has_avx512bf16())
+            assert in_one_call == (way == "profiles" and library_name() is not None)
             assert all((parts[part] == 0) == in_one_call for part in ("linears", "attention"))
             if not in_one_call:
                 assert (parts["LoRA"] > 0) == name.endswith("mixed")

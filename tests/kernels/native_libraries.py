@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lorikeet.kernels import linear, nf4_cpu
 from lorikeet.kernels.native import functions
 
-LIBRARIES = ("avx2", "portable", "none")
+LIBRARIES = (*filter(functions.can_run, ("avx512", "avx2", "portable")), "none")
+"""That this CPU can run."""
 every_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
@@ -27,13 +29,19 @@ def use_library(
     path = None
     if library != "none":
         path = next(Path(functions.__file__).parent.glob(f"_{library}.*"), None)
-        if path is None or (library == "avx2" and not functions._has_avx2()):
+        if path is None:
             pytest.skip(f"no library {library}")
     with monkeypatch.context() as lookup:
         lookup.setattr(functions, "_library_path", lambda: path)
         found = {name: functions.function(*signature, brief=True) for name, signature in signatures.items()}
     for name, native in found.items():
         monkeypatch.setattr(module, name, native)
+
+
+def multiply_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplies bfloat16 as a CPU with AVX512-BF16 does. On others the same source runs, without its instructions."""
+    for module in (linear, nf4_cpu):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lorikeet.kernels.decoder_parts import CacheTables, StackAdapters, StackLaye
 from lorikeet.kernels.lora_rows import AdaptedRows, Piece
 from lorikeet.kernels.lora_site import LoraSite
 from lorikeet.kernels.native.functions import library_name
-from lorikeet.kernels.nf4_tiles import to_tiles
+from lorikeet.kernels.nf4_tiles import Layout, to_tiles
 from lorikeet.kernels.nf4_weight import NF4Weight
 from lorikeet.kernels.rope import rotation_table
 from torch import Tensor
@@ -22,10 +22,11 @@ HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 WIDTH, MLP, SLOTS, ROWS = 64, 192, 3, 5
 
 
-def weight(out_features: int, in_features: int) -> NF4Weight:
+def weight(out_features: int, in_features: int, layout: Layout = Layout.TILES) -> NF4Weight:
     count = out_features * in_features
     codes, absmax = torch.randint(256, (count // 2,), dtype=torch.uint8), torch.rand(count // 64)
-    return NF4Weight(*to_tiles(codes, absmax, out_features, in_features), out_features, in_features, is_tiled=True)
+    tiles = to_tiles(codes, absmax, out_features, in_features, layout)
+    return NF4Weight(*tiles, out_features, in_features, layout)
 
 
 def linear(out_features: int, in_features: int, site: int) -> StackLinear:
@@ -106,10 +107,11 @@ def test_refuses_steps_that_do_not_fit(change: dict[str, Any], said: str) -> Non
         lambda: {"down": linear(WIDTH, WIDTH, 3)},
         lambda: {"o": linear(WIDTH, 64, 1)._replace(bias=torch.ones(WIDTH + 1))},
         lambda: {"o": linear(WIDTH, 64, 1)._replace(affines=torch.zeros(SLOTS - 1, dtype=torch.int64))},
-        lambda: {"o": linear(WIDTH, 64, 1)._replace(weight=with_other_codes(is_tiled=False))},
+        lambda: {"o": linear(WIDTH, 64, 1)._replace(weight=with_other_codes(layout=Layout.CANONICAL))},
+        lambda: {"o": linear(WIDTH, 64, 1)._replace(weight=weight(WIDTH, 64, Layout.PAIRS))},
         lambda: {"o": linear(WIDTH, 64, 1)._replace(weight=with_other_codes(codes=torch.zeros(9, dtype=torch.uint8)))},
     ],
-    ids=["norm", "norm-dtype", "head-norm", "qkv", "down", "bias", "affines", "not-tiled", "codes"],
+    ids=["norm", "norm-dtype", "head-norm", "qkv", "down", "bias", "affines", "not-tiled", "in-pairs", "codes"],
 )
 def test_refuses_layers_that_do_not_fit(change: Callable[[], dict[str, Any]]) -> None:
     with pytest.raises(RuntimeError):
@@ -118,6 +120,13 @@ def test_refuses_layers_that_do_not_fit(change: Callable[[], dict[str, Any]]) ->
 
 def with_other_codes(**change: Any) -> NF4Weight:
     return dataclasses.replace(weight(WIDTH, 64), **change)
+
+
+def test_refuses_pairs_in_another_type() -> None:
+    linears = [each._replace(weight=weight(each.weight.out_features, each.weight.in_features, Layout.PAIRS))
+               for each in layer().linears]  # fmt: skip
+    with pytest.raises(RuntimeError, match="with bfloat16 in pairs, got pairs"):
+        stack(StackLayer(torch.ones(WIDTH), torch.ones(WIDTH), None, *linears, scale=0.25, window=0))
 
 
 def test_refuses_heads_that_its_attention_would_read_beyond() -> None:

@@ -55,12 +55,21 @@ def test_a_forked_process_has_no_helpers_and_computes_all_the_same():
     assert subprocess.run([sys.executable, "-P", "-c", program], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize(("choice", "said"), [("avx1024", "it can be avx2, portable or off"), ("off", "None")])
+@pytest.mark.parametrize(("choice", "said"), [("avx1024", "it can be avx512, avx2, portable or off"), ("off", "None")])
 def test_the_library_can_be_chosen(choice, said):
     program = "from lorikeet.kernels.native.functions import library_name; print(library_name())"
     environment = os.environ | {"LORIKEET_NATIVE_KERNELS": choice}
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert said in done.stdout + done.stderr
+
+
+def test_a_library_that_this_cpu_cannot_run_is_refused(monkeypatch):
+    monkeypatch.setenv("LORIKEET_NATIVE_KERNELS", "avx512")
+    monkeypatch.setattr(functions, "_cpu_flags", lambda: frozenset({"avx2", "avx512f", "avx512bw"}))
+    functions._library_path.cache_clear()
+    with pytest.raises(ValueError, match="this CPU lacks avx512cd, avx512dq, avx512vl, avx512_bf16; unset it"):
+        functions.library_name()
+    functions._library_path.cache_clear()
 
 
 @needs_library

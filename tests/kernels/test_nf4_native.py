@@ -9,7 +9,7 @@ import torch
 from lorikeet.kernels import nf4_cpu
 from lorikeet.kernels.native import functions
 from lorikeet.kernels.nf4 import nf4_linear, nf4_linear_reference, nf4_rows, prepare_for_device
-from lorikeet.kernels.nf4_tiles import TILE, from_tiles, to_tiles
+from lorikeet.kernels.nf4_tiles import TILE, Layout, from_tiles, to_tiles
 from lorikeet.kernels.nf4_weight import NF4Weight, plain_absmax
 
 from .nf4_cases import make_weight, worst_row_error
@@ -25,7 +25,7 @@ needs_library = pytest.mark.skipif(functions.library_name() is None, reason="bui
 def tiled(n, k):
     weight = make_weight(n, k)
     prepared = prepare_for_device(weight, torch.float32)
-    assert prepared.is_tiled
+    assert prepared.layout is Layout.TILES
     return weight, prepared
 
 
@@ -126,16 +126,17 @@ def test_what_would_be_read_beyond_its_end_is_refused():
 
 
 @needs_library
+@pytest.mark.parametrize("layout", [Layout.TILES, Layout.PAIRS], ids=lambda layout: layout.value)
 @pytest.mark.parametrize("shape", [(16, 64), (1, 64), (70, 576), (160, 192)], ids=str)
-def test_tiles_and_back_is_the_same_weight(shape):
+def test_tiles_and_back_is_the_same_weight(shape, layout):
     n, k = shape
     weight = make_weight(n, k)
     absmax = plain_absmax(weight.absmax)
-    codes, constants = to_tiles(weight.codes, absmax, n, k)
+    codes, constants = to_tiles(weight.codes, absmax, n, k, layout)
     assert codes.numel() == -(-n // TILE) * TILE * k // 2
-    canonical, plain = from_tiles(codes, constants)
+    canonical, plain = from_tiles(codes, constants, layout)
     assert torch.equal(canonical[: n * k // 2], weight.codes) and torch.equal(plain[: n * k // 64], absmax)
-    prepared = NF4Weight(codes, constants, n, k, is_tiled=True)
+    prepared = NF4Weight(codes, constants, n, k, layout)
     if n % TILE == 0:
         assert prepared.nbytes == NF4Weight(weight.codes, absmax, n, k).nbytes
     for dtype in (torch.float32, torch.bfloat16):
