@@ -1,4 +1,4 @@
-"""The model card of an adapter: what the YAML front matter of its README.md says of its base. Imports no torch.
+"""The model card of an adapter, README.md: what its YAML front matter says of the base, and its text. Imports no torch.
 
     ---
     base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -13,7 +13,7 @@ people edit: a malformed one is reported, and does not keep its adapter from bei
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -22,8 +22,8 @@ from .paths import open_contained
 
 CARD_FILE: Final = "README.md"
 HASH_KEY: Final = "base_model_sha256"
-# Of the file; front matter that is longer than this is not read.
-MAX_FRONT_MATTER_BYTES: Final = 64 * 2**10
+# Most of a card that is read.
+MAX_CARD_BYTES: Final = 256 * 2**10
 
 _KEY: Final = re.compile(rf"""["']?{HASH_KEY}["']?[ \t]*:(?P<value>.*)""")
 _VALUE: Final = re.compile(r"""(?P<quote>["']?)(?P<digits>[0-9A-Fa-f]{64})(?P=quote)(?:[ \t]+#.*)?""")
@@ -36,14 +36,16 @@ class AdapterCard:
     Attributes:
         base_model_sha256: hash of the base that it was trained on, 64 lower-case hex digits; None: it names none.
         warning: why the card could not be read, or None.
+        text: the card, for what people say in it in words.
     """
 
     base_model_sha256: str | None = None
     warning: str | None = None
+    text: str = field(default="", compare=False, repr=False)
 
 
 def read_card(directory: Path, roots: Sequence[Path] = ()) -> AdapterCard:
-    """Read the card of an adapter directory; one without README.md, or without front matter, has an empty card.
+    """Read the card of an adapter directory; one without README.md has an empty card.
 
     Args:
         directory: real path.
@@ -58,17 +60,17 @@ def read_card(directory: Path, roots: Sequence[Path] = ()) -> AdapterCard:
         return AdapterCard(warning=error.message)
     except OSError:
         return _malformed("cannot be read")
-    return parse_card(data)
+    return replace(parse_card(data), text=data.decode(errors="replace"))
 
 
 def parse_card(data: bytes) -> AdapterCard:
-    """Parse the first bytes of a README.md."""
-    lines = data[:MAX_FRONT_MATTER_BYTES].removeprefix(b"\xef\xbb\xbf").splitlines()
+    """What the front matter says that the first bytes of a README.md begin with."""
+    lines = data[:MAX_CARD_BYTES].removeprefix(b"\xef\xbb\xbf").splitlines()
     if not lines or lines[0].rstrip() != b"---":
         return AdapterCard()
     end = next((i for i, line in enumerate(lines) if i and line.rstrip() in (b"---", b"...")), None)
     if end is None:
-        return _malformed(f"has front matter that does not end within {MAX_FRONT_MATTER_BYTES} bytes")
+        return _malformed(f"has front matter that does not end within {MAX_CARD_BYTES} bytes")
     try:
         text = [line.decode() for line in lines[1:end]]
     except UnicodeDecodeError:
@@ -86,7 +88,7 @@ def parse_card(data: bytes) -> AdapterCard:
 def _read(file: BinaryIO) -> bytes:
     """As much as is looked at; an unbuffered file may return less than it was asked for."""
     data = b""
-    while len(data) < MAX_FRONT_MATTER_BYTES and (chunk := file.read(MAX_FRONT_MATTER_BYTES - len(data))):
+    while len(data) < MAX_CARD_BYTES and (chunk := file.read(MAX_CARD_BYTES - len(data))):
         data += chunk
     return data
 

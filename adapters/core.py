@@ -5,9 +5,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 from .adapter_tokenizer import TokenizerMaker
 from .card import CARD_FILE
+from .carried_text import CARRIED_FILE
 from .device_store import DeviceStore
 from .errors import AdapterMismatchError, ServingError
 from .golden import GOLDEN_FILE, Golden
@@ -19,6 +21,8 @@ from .version import AdapterVersion
 # Replays a golden file for a version that no request can name yet; returns a sentence for people. The number is that of
 # the token ids that the adapter knows; None: as many as the base has.
 Prover = Callable[[AdapterVersion, Golden, int | None], str]
+# Files of a version that its digest says nothing about; a later load of the same content may bring others.
+_UNHASHED: Final = (GOLDEN_FILE, CARD_FILE, CARRIED_FILE)
 
 
 class ManagerCore:
@@ -92,9 +96,9 @@ class ManagerCore:
             return False
         return self.state.store.put(digest, files, self._needed(), must=must)
 
-    def keep_proof(self, digest: str, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-        """Bring golden file and card of a kept version up to date: its digest, and so `keep_files`, ignores them."""
-        self.state.store.replace(digest, {name: files.get(name) for name in (GOLDEN_FILE, CARD_FILE)}, self._needed())
+    def refresh_files(self, digest: str, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+        """Bring those files of a kept version up to date that its digest, and so `keep_files`, ignores."""
+        self.state.store.replace(digest, {name: files.get(name) for name in _UNHASHED}, self._needed())
 
     def _needed(self) -> set[str]:
         """Digests of versions whose kept files may not go."""

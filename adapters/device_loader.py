@@ -84,7 +84,7 @@ class DeviceLoader:
         cuda = store.device.type == "cuda"
         # A copy on the CPU is work of the cores that the step thread's team runs on; on CUDA it is the device's.
         self._pool = start_pool(1, "adapter-device", normal_priority if cuda else low_priority)
-        # While nothing runs all cores may copy: on two of them that takes 0.8 of what one thread takes.
+        # While nothing runs all cores may copy, which takes less time than one thread takes.
         self._idle_pool = None if cuda else start_pool(1, "adapter-device-idle", low_priority, with_team=True)
         self._copy_stream = torch.cuda.Stream(store.device) if cuda else None
         # Where kernels that read the arena run; known once the step thread has called step_work.

@@ -2,9 +2,10 @@
 
 In this order: slices whose adapter has its own weight are computed with that; rows are scaled and shifted (DoRA,
 biases); then y += B (A x) for each pass, on a CPU for all passes together. A batch of one pass has it all in two
-launches, of which the first, A x, may run beside the base's matmul where a CUDA graph is captured (`overlap`). Used on
-the step thread only. What a step needs is prepared once in `LoraBatch`; base rows are never touched, and a batch or a
-site without adapted rows launches nothing at all.
+launches, of which the first, A x, may run beside the base's matmul where a CUDA graph is captured; of few rows on CUDA
+in none of its own, the matmul does it (`overlap` has the switches). Used on the step thread only. What a step needs is
+prepared once in `LoraBatch`; base rows are never touched, and a batch or a site without adapted rows launches nothing
+at all.
 """
 
 from typing import cast
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import lora, overlap
+from ..kernels.lora_nf4 import nf4_lora_linear
 from ..kernels.lora_site import LoraSite
+from ..kernels.nf4_weight import NF4Weight
 from .lora_batch import LoraBatch, Pass
 from .packing import OverrideKind
 from .sites import Site
@@ -44,6 +47,9 @@ class LoraLinear(nn.Module):
         self._ranks = store.site_ranks[site.index, :, : len(site.slices)]  # [max_slots, slices], likewise
         self._slice_widths = [piece.out_features for piece in site.slices]
         self.on_cpu: LoraSite | None = None
+        # Of a base whose matmul can do LoRA, too: on CUDA, in NF4.
+        weight = getattr(base, "nf4", None)
+        self._nf4 = weight if isinstance(weight, NF4Weight) and store.device.type == "cuda" else None
         if store.device.type == "cpu":
             tables = self._arena, self._offsets, self._ranks
             self.on_cpu = LoraSite(*tables, self._slice_widths, site.in_features)
@@ -79,8 +85,13 @@ class LoraLinear(nn.Module):
         """The base's y with the deltas of a batch that has one pass."""
         side = self.batch.side_stream
         max_rank = only.max_ranks[self.site.index]
+        has_affine = only.affines is not None and only.affines[self.site.index]
+        num_rows = x.numel() // self.site.in_features
         h = None
-        if side is not None and max_rank and overlap.lora_runs_beside(x.numel() // self.site.in_features):
+        is_plain = max_rank > 0 and not has_affine and not self.batch.own.by_module
+        if self._nf4 is not None and is_plain and overlap.lora_runs_in_matmul(num_rows):
+            return self._in_matmul(x, self._nf4, only)
+        if side is not None and max_rank and overlap.lora_runs_beside(num_rows):
             with side.beside():
                 h = self._shrink(x, only)
             try:
@@ -91,13 +102,22 @@ class LoraLinear(nn.Module):
             y = cast(Tensor, self.base(x))
         if self.batch.own.by_module:
             y = self._with_own_tensors(x, y)
-        has_affine = only.affines is not None and only.affines[self.site.index]
         if max_rank:
             h = self._shrink(x, only) if h is None else h
             self._expand_(y, h, only, self.affines if has_affine else None)
         elif has_affine:
             self._affine_(y, only)
         return y
+
+    def _in_matmul(self, x: Tensor, weight: NF4Weight, only: Pass) -> Tensor:
+        """The base's y with low-rank deltas, which are all that the pass does here."""
+        bias = cast(Tensor | None, self.base.bias)
+        starts, slots, weights = only.sampled if self.site.is_head else only.flat
+        tables = (self._arena, self._offsets, self._ranks, starts, slots)
+        max_rank = only.max_ranks[self.site.index]
+        rows_x = x.reshape(-1, self.site.in_features)
+        y = nf4_lora_linear(rows_x, weight, bias, *tables, max_rank, self._slice_widths, weights)
+        return y.view(*x.shape[:-1], self.site.out_features)
 
     def _affine_(self, y: Tensor, each: Pass) -> None:
         starts, slots, _ = each.sampled if self.site.is_head else each.flat

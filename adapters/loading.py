@@ -232,7 +232,7 @@ class AdapterLoads:
             if loaded.golden is not None and self._core.prover is not None:
                 record.proof = self._core.prover(record.version, loaded.golden, loaded.packed.vocab_size)
             if not isinstance(job.source, StoredSource):
-                self._core.keep_proof(loaded.digest, loaded.files)
+                self._core.refresh_files(loaded.digest, loaded.files)
             yield record, origin
 
     def _hold_live(self, adapter_id: str, digest: str) -> Record | None:

@@ -10,6 +10,7 @@ import torch
 
 from .adapter_tokenizer import AdapterTokenizer
 from .card import CARD_FILE, HASH_KEY, read_card
+from .carried_text import CARRIED_FILE, read_carried
 from .checkpoint import load_checkpoint
 from .errors import AdapterMemoryError, AdapterMismatchError, ServingError
 from .fingerprint import BaseFingerprint
@@ -32,7 +33,7 @@ class LoadedAdapter(NamedTuple):
         digest: of config and weights.
         packed: as it goes to the device.
         origin: where it came from.
-        files: name -> content in pieces: what was hashed, and what proves it.
+        files: name -> content in pieces: what was hashed, what proves it, and what merges want of its folder.
         golden: the prompts and logits that it carries, or None.
         tokenizer_files: what the adapter ships of a tokenizer.
         tokenizer: made of them by the server, where it is not quite the base's.
@@ -148,14 +149,17 @@ class AdapterReader:
             checkpoint.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
         )
         golden = read_golden(directory, roots, digest=checkpoint.digest)
-        warnings = " ".join(filter(None, (warning, card.warning, tokenizer.warning))) or None
+        carried = read_carried(directory, roots)
+        warnings = " ".join(filter(None, (warning, card.warning, tokenizer.warning, carried.warning))) or None
         origin = Origin(directory, packed.report, warnings, time.time(), name)
         files = checkpoint.files
         if golden is not None:
             files[GOLDEN_FILE] = (serialize_golden(golden),)
-        kept = _kept_card(card.base_model_sha256, said_in_card(directory, roots))
+        kept = _kept_card(card.base_model_sha256, said_in_card(card.text))
         if kept:
             files[CARD_FILE] = (kept,)
+        if carried.data:
+            files[CARRIED_FILE] = (carried.data,)
         return LoadedAdapter(checkpoint.digest, packed, origin, files, golden, tokenizer)
 
 

@@ -24,6 +24,7 @@ import structlog
 import watchfiles
 
 from .card import CARD_FILE
+from .carried_text import CARRIED_FILE
 from .checkpoint import check_complete
 from .config import CONFIG_FILE
 from .errors import AdapterIdError, ServingError
@@ -244,7 +245,7 @@ class AdapterWatcher:
         return True
 
 
-_WATCHED: Final = (CONFIG_FILE, GOLDEN_FILE, CARD_FILE, *TOKENIZER_FILES)
+_WATCHED: Final = (CONFIG_FILE, GOLDEN_FILE, CARD_FILE, CARRIED_FILE, *TOKENIZER_FILES)
 
 
 def _signature(path: Path) -> _Signature:

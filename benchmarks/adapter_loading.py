@@ -16,21 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from adapter_files import LargeAdapter, write_large_adapters
 from adapter_loads import ContinuousLoads, LoadTimes, time_loads
 from bar_panels import Panel, write_result
-from local_server import local_server
+from local_server import local_server, quiet_process
 from lorikeet.server.app import App
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
-from lorikeet.server.logs import configure_logs
 from lorikeet.server.resolve import resolve_compute
-from machine import describe_machine, one_line
+from machine import one_line
 from measurement import Spread, ratio
 from options import base_of, parse_or_quick, parser_of
-from token_gaps import Window, watch_streams
+from token_gaps import Window, pooled_ratio, watch_streams
 from workload import Workload, in_turn, write_random_adapters
 
 SEED = 7
@@ -64,12 +61,7 @@ def main() -> int:
         The exit status.
     """
     options = parse()
-    transformers.utils.logging.disable_progress_bar()
-    configure_logs("warning", "console")
-    torch.set_num_threads(options.threads)
-    machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(f"The machine is busy (load {machine['load_average']}); gaps will be longer than they are.\n")
+    machine = quiet_process(options.threads, "gaps will be longer than they are")
     base = options.model or prepare_demo_base(ServerConfig().cache_dir)
     compute = resolve_compute(ServerConfig(device=options.device))
     with tempfile.TemporaryDirectory() as scratch:
@@ -197,9 +189,7 @@ def report(
         title: ratio(*([w.percentile_ms(p) for w in sides[side]] for side in ("loading", "quiet")))
         for title, p in GAP_RATIOS.items()
     } | {title: ratio(seconds[one], seconds[other]) for title, (one, other) in RATIOS.items()}
-    # A window has few steps where steps are slow: all of them together have a p99 that is not just the longest.
-    pooled = {side: Window(0.0, [gap for w in of for gap in w.gaps_s]).percentile_ms(99) for side, of in sides.items()}
-    ratios[POOLED] = Spread.of([pooled["loading"] / pooled["quiet"]])
+    ratios[POOLED] = pooled_ratio(sides["loading"], sides["quiet"], 99)
 
     result = {
         "machine": machine,

@@ -35,7 +35,7 @@ from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.logs import configure_logs
 from lorikeet.server.resolve import resolve_compute
-from machine import describe_machine, one_line
+from machine import describe_machine, one_line, warn_if_busy
 from measurement import Spread, ratio
 from options import base_of, parse_or_quick, parser_of
 from synthetic_trace import SLORA_SEED, TraceShape, synthetic_trace
@@ -95,10 +95,7 @@ def main() -> int:
     configure_logs("error", "console")
     torch.set_num_threads(options.threads)
     machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(
-            f"The machine is busy (load {machine['load_average']}); the numbers will be worse than it is.\n"
-        )
+    warn_if_busy(machine, "the numbers will be worse than it is")
     base = options.model or prepare_demo_base(ServerConfig().cache_dir)
     per_rank = elements_per_rank(base, TARGETS)
     numbers = sorted(set(options.adapters))

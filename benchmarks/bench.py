@@ -21,7 +21,7 @@ from beside_peers import measure_beside_peers
 from lorikeet.server.base.demo import prepare_demo_base, prepare_demo_gguf
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.errors import BaseModelError
-from machine import describe_machine
+from machine import describe_machine, warn_if_busy
 from options import parser_of
 from workload import Size
 
@@ -44,10 +44,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(
-            f"The machine is busy (load {machine['load_average']}); the numbers will be worse than it is.\n"
-        )
+    warn_if_busy(machine, "the numbers will be worse than it is")
     config = ServerConfig()
     base = options.model or prepare_demo_base(config.cache_dir, wheel=config.demo_wheel)
     if options.only in (None, PEERS):

@@ -139,7 +139,7 @@ def plan(options: argparse.Namespace, results: Results) -> list[Section]:
     return [
         Section("bandwidth", 5, bandwidth),
         Section("build", 30, build),
-        Section("compile", 30, lambda _: compile_nf4(build_room(options).requests)),
+        Section("compile", 30, lambda _: compile_nf4(build_room(options).requests, options.rank)),
         Section("capture", 30, lambda _: run_capture(measured())),
         Section("decode", 30, lambda _: run_decode(measured())),
         Section("engine", 60, lambda left: run_engine(measured(), left / 6)),
@@ -148,7 +148,7 @@ def plan(options: argparse.Namespace, results: Results) -> list[Section]:
         Section("nf4", 60, lambda left: nf4(min(NF4_SECONDS, 0.4 * left), copy_bandwidth())),
         Section("lora", 30, lambda left: lora(min(LORA_SECONDS, 0.3 * left), copy_bandwidth())),
         Section("attention", 15, lambda left: attention(min(ATTENTION_SECONDS, 0.2 * left), copy_bandwidth())),
-        Section("switches", 20, lambda _: run_switches(measured())),
+        Section("switches", 30, lambda _: run_switches(measured())),
         Section("launches", 15, lambda _: run_launches(measured())),
     ]
 
@@ -156,24 +156,33 @@ def plan(options: argparse.Namespace, results: Results) -> list[Section]:
 # Imported when they run: they need Triton, which installations without CUDA need not have.
 
 
-def compile_nf4(requests: int) -> dict[str, int]:
-    """Compile the NF4 matmuls of captured steps on all cores; capturing them one by one would take a minute more."""
+def compile_nf4(requests: int, rank: int) -> dict[str, int]:
+    """Compile the NF4 matmuls of captured steps on all cores; capturing them one by one would take minutes more."""
+    from lora_kernels import SITES
+    from lorikeet.kernels.lora_nf4_triton import can_fuse
     from lorikeet.kernels.nf4_dispatch import GemmTile, choose_way
+    from lorikeet.kernels.overlap import lora_runs_in_matmul
     from lorikeet.server.engine.step_graphs import bucket_sizes
-    from nf4_compile import compile_tiles
+    from nf4_compile import LoraJob, compile_tiles
     from nf4_kernels import SHAPES
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
-    ways = [
-        choose_way(capability, properties.multi_processor_count, rows, *shape, one_offset, True)
-        for shape in SHAPES.values()
-        for rows in bucket_sizes(requests)
-        for one_offset in (False, True)
-    ]
-    tiles = list(dict.fromkeys(way for way in ways if isinstance(way, GemmTile)))
-    compile_tiles(tiles, capability, COMPILE_SECONDS)
-    return {"tiles": len(tiles)}
+    most = max(len(widths) for _, widths in SITES.values())
+    tiles: list[GemmTile] = []
+    lora: list[tuple[GemmTile, LoraJob]] = []
+    for name, shape in SHAPES.items():
+        in_features, widths = SITES[name]
+        for rows in bucket_sizes(requests):
+            for one_offset in (False, True):
+                way = choose_way(capability, properties.multi_processor_count, rows, *shape, one_offset, True)
+                if isinstance(way, GemmTile):
+                    tiles.append(way)
+                    if lora_runs_in_matmul(rows) and can_fuse(rows, way, widths):
+                        lora.append((way, LoraJob(rows, in_features, widths, rank, most)))
+    tiles, lora = list(dict.fromkeys(tiles)), list(dict.fromkeys(lora))
+    compile_tiles(tiles, capability, COMPILE_SECONDS, lora)
+    return {"tiles": len(tiles), "with LoRA": len(lora)}
 
 
 def nf4(seconds: float, copy_bandwidth: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import numpy as np
 from bar_panels import Panel, write_result
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
-from machine import describe_machine, one_line
+from machine import describe_machine, one_line, warn_if_busy
 from measurement import Spread, ratio
 from options import parse_or_quick, parser_of
 from tqdm import tqdm
@@ -250,8 +250,7 @@ def main() -> int:
     """
     options = parse()
     machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(f"The machine is busy (load {machine['load_average']}); times will be longer than they are.\n")
+    warn_if_busy(machine, "times will be longer than they are")
     model = options.model or prepare_demo_base(ServerConfig().cache_dir)
     with contextlib.ExitStack() as stack:
         sides: dict[str, FrontServer] = {}

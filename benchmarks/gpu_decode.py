@@ -6,10 +6,10 @@ Every row is plain JSON; `gpu_report.py` says what the numbers come to.
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from gpu_engine import EngineRun
 from gpu_launches import count_launches
@@ -22,6 +22,8 @@ from measurement import Spread
 SEED = 11
 NEW_TOKENS = 48
 PROMPT_TOKENS, PROMPT_ADAPTERS = 4096, 16
+# Batch -> what decides there how LoRA runs (`overlap`).
+SWITCHES: Final = {1: ("lora_in_matmul", "dependent_launch"), 16: ("lora_side_stream", "dependent_launch")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ def run_prefill(with_: Measured) -> dict[str, Any]:
 def run_chunks(
     with_: Measured,
     *,
-    budgets: Sequence[int] = (512, 256, 128),
+    budgets: Sequence[tuple[int, float]] = ((512, 0.0), (512, 2.0), (256, 0.0), (128, 0.0)),
     streams: int = 16,
     new_tokens: int = 500,
     arriving: int = 12,
@@ -175,7 +177,7 @@ def run_chunks(
     For each step with a chunk of a prompt there are four of decodes alone: p50 is one of these, p99 has a chunk.
 
     Args:
-        budgets: tokens of a step at most.
+        budgets: tokens of a step at most, and by how much chunks may slow decodes down (0: any).
         streams: that decode, each with an adapter of its own.
         new_tokens: of each, so many that all of them decode all the time.
         arriving: prompts that come in, one after the other.
@@ -184,14 +186,16 @@ def run_chunks(
     served = with_.served
     prompts = random_prompts(served, streams, with_.context - new_tokens // 2, SEED)
     rows = []
-    for number, step_tokens in enumerate(budgets):
+    for number, (step_tokens, max_slowdown) in enumerate(budgets):
         coming = random_prompts(served, arriving, arriving_tokens, SEED + 1 + number)
-        pause = 4 * -(-arriving_tokens // (step_tokens - streams))
-        with EngineRun(served, step_tokens) as engine:
+        chunk = step_tokens // 8 if max_slowdown else step_tokens - streams  # at least
+        pause = 4 * -(-arriving_tokens // chunk)
+        with EngineRun(served, step_tokens, max_slowdown) as engine:
             gaps = engine.decode_beside_prompts(prompts, new_tokens, coming, pause)
         milliseconds = sorted(1000 * seconds for seconds, _ in gaps)
         row = {
             "step_tokens": step_tokens,
+            "max_slowdown": max_slowdown,
             "steps": len(gaps),
             "with_chunk": sum(has_chunk for _, has_chunk in gaps) / len(gaps),
             "p50_ms": percentile(milliseconds, 50),
@@ -200,34 +204,44 @@ def run_chunks(
         row["p99_of_p50"] = row["p99_ms"] / row["p50_ms"]
         rows.append(row)
         sys.stderr.write(
-            f"  {step_tokens} tokens a step: p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f} ms, "
-            f"{100 * row['with_chunk']:.0f} % of {row['steps']} steps with a chunk\n"
+            f"  {step_tokens} tokens a step, slowdown {max_slowdown:g}: p50 {row['p50_ms']:.2f} ms, "
+            f"p99 {row['p99_ms']:.2f} ms, {100 * row['with_chunk']:.0f} % of {row['steps']} steps with a chunk\n"
         )
     return rows
 
 
-def run_switches(with_: Measured, batch: int = 16) -> dict[str, Any]:
-    """A decode step of all distinct adapters as it is served, and with one thing changed, in turns."""
+def run_switches(with_: Measured, plan: Mapping[int, Sequence[str]] = SWITCHES) -> list[dict[str, Any]]:
+    """Decode steps of all distinct adapters as they are served, and with one thing changed, in turns.
+
+    Args:
+        with_: what to run.
+        plan: batch -> the switches to change.
+    """
     served = with_.served
-    step = decode_step(served, batch, with_.context, batch, SEED)
-    runs: dict[str, Callable[[], object]] = {"as served": partial(served.runner.forward, step)}
-    for name in ("lora_side_stream", "dependent_launch"):
-        before = getattr(switches, name)
-        runner = another_runner(served)
-        setattr(switches, name, not before)
-        try:
-            for _ in range(WARM_UP):  # captures it so
-                runner.forward(step)
-        finally:
-            setattr(switches, name, before)
-        runs[f"{name} {'off' if before else 'on'}"] = partial(runner.forward, step)
-    runs["no graphs"] = partial(another_runner(served, graphs=False).forward, step)
-    device, wall = time_runs(runs, rounds=with_.rounds, repeats=with_.repeats)
-    return {
-        "batch": batch,
-        "device_us": {name: asdict(timing) for name, timing in device.items()},
-        "wall_us": {name: asdict(timing) for name, timing in wall.items()},
-    }
+    rows = []
+    for batch, names in plan.items():
+        step = decode_step(served, batch, with_.context, batch, SEED)
+        runs: dict[str, Callable[[], object]] = {"as served": partial(served.runner.forward, step)}
+        for name in names:
+            before = getattr(switches, name)
+            runner = another_runner(served)
+            setattr(switches, name, not before)
+            try:
+                for _ in range(WARM_UP):  # captures it so
+                    runner.forward(step)
+            finally:
+                setattr(switches, name, before)
+            runs[f"{name} {'off' if before else 'on'}"] = partial(runner.forward, step)
+        runs["no graphs"] = partial(another_runner(served, graphs=False).forward, step)
+        device, wall = time_runs(runs, rounds=with_.rounds, repeats=with_.repeats)
+        rows.append(
+            {
+                "batch": batch,
+                "device_us": {name: asdict(timing) for name, timing in device.items()},
+                "wall_us": {name: asdict(timing) for name, timing in wall.items()},
+            }
+        )
+    return rows
 
 
 def run_launches(with_: Measured, batch: int = 16) -> dict[str, Any]:

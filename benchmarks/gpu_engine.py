@@ -101,9 +101,10 @@ class EngineRun:
     Args:
         served: model, adapters and cache.
         step_tokens: of a step at most, chunks of prompts included.
+        max_slowdown: of decodes by chunks, see `Scheduler`.
     """
 
-    def __init__(self, served: Served, step_tokens: int) -> None:
+    def __init__(self, served: Served, step_tokens: int, max_slowdown: float = 0.0) -> None:
         room = served.room
         self.clock = StepClock()
         self._served = served
@@ -113,6 +114,7 @@ class EngineRun:
             adapters,
             max_running=room.requests,
             token_budget=step_tokens,
+            max_slowdown=max_slowdown,
         )
         base = served.base
         self._engine = Engine(

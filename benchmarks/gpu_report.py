@@ -66,7 +66,7 @@ def goals(sections: Mapping[str, Any]) -> list[Goal]:
         found.append(Goal(what, prefill["ratio"], PREFILL_RATIO, percent=False))
     for row in sections.get("chunks", ()):
         if row["step_tokens"] == CHUNK_BUDGET:
-            what = f"p99 / p50 between tokens, {CHUNK_BUDGET} tokens a step"
+            what = f"p99 / p50 between tokens, {_chunk_way(row)}"
             found.append(Goal(what, row["p99_of_p50"], P99_OF_P50, percent=False))
     return found + _nf4_goals(sections.get("nf4", {}).get("rows", ()))
 
@@ -204,8 +204,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _switches(sections: Mapping[str, Any]) -> Iterator[str]:
-    if "switches" in sections:
-        found = sections["switches"]
+    for found in sections.get("switches", ()):
         rows = [(f"batch {found['batch']}, all distinct", "device us", "wall us")]
         for name, device in found["device_us"].items():
             rows.append((name, f"{_spread(device, 1):.0f}", f"{_spread(found['wall_us'][name], 1):.0f}"))
@@ -233,7 +232,7 @@ def _chunks(sections: Mapping[str, Any]) -> Iterator[str]:
         rows = [("between tokens, beside prompts", "p50 ms", "p99 ms", "p99 / p50", "steps with a chunk")]
         rows += [
             (
-                f"{row['step_tokens']} tokens a step",
+                _chunk_way(row),
                 f"{row['p50_ms']:.2f}",
                 f"{row['p99_ms']:.2f}",
                 f"{row['p99_of_p50']:.2f}",
@@ -242,6 +241,11 @@ def _chunks(sections: Mapping[str, Any]) -> Iterator[str]:
             for row in sections["chunks"]
         ]
         yield table(rows)
+
+
+def _chunk_way(row: Mapping[str, Any]) -> str:
+    bound = f", --max-slowdown {row['max_slowdown']:g}" if row["max_slowdown"] else ""
+    return f"{row['step_tokens']} tokens a step{bound}"
 
 
 def _missing(result: Mapping[str, Any]) -> Iterator[str]:

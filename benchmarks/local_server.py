@@ -5,13 +5,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from lorikeet.server.app import App, assemble
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import ServerConfig
+from lorikeet.server.logs import configure_logs
 from lorikeet.server.metrics import ServerMetrics
 from lorikeet.server.policy.holder import PolicyHolder
 from lorikeet.server.resolve import resolve_compute
+from machine import describe_machine, warn_if_busy
+
+
+def quiet_process(threads: int, effect: str) -> dict[str, Any]:
+    """Set this process up for a server whose numbers are read, not its log.
+
+    Args:
+        threads: of torch, on a CPU.
+        effect: see warn_if_busy.
+
+    Returns:
+        The machine.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    configure_logs("warning", "console")
+    torch.set_num_threads(threads)
+    machine = describe_machine()
+    warn_if_busy(machine, effect)
+    return machine
 
 
 @contextmanager

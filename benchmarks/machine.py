@@ -5,6 +5,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "triton")
 ROOT = Path(__file__).resolve().parent.parent
+# Of the load average: where nothing else runs, it falls below this within a minute or two.
+QUIET_LOAD = 0.5
 
 
 def describe_machine() -> dict[str, Any]:
@@ -35,6 +39,17 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def warn_if_busy(machine: Mapping[str, Any], effect: str) -> None:
+    """Say on stderr that something else was running, if it was.
+
+    Args:
+        machine: as described before anything was measured.
+        effect: what it does to the numbers, such as "times will be longer than they are".
+    """
+    if machine["load_average"] > QUIET_LOAD:
+        sys.stderr.write(f"The machine is busy (load {machine['load_average']}); {effect}.\n")
 
 
 def one_line(machine: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from adapter_files import write_numbered_adapters
 from bar_panels import Panel, write_result
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
-from machine import ROOT, describe_machine, one_line
+from machine import ROOT, describe_machine, one_line, warn_if_busy
 from measurement import Spread
 from server_process import running_server
 from tqdm import tqdm
@@ -63,8 +63,7 @@ def main() -> int:
     """
     options = parse()
     machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(f"The machine is busy (load {machine['load_average']}); starts will take longer.\n")
+    warn_if_busy(machine, "starts will take longer")
     base = options.model or prepare_demo_base(ServerConfig().cache_dir)
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=2 * (options.starts + 1), unit="part") as bar:
         few, many = Path(scratch) / "few", Path(scratch) / "many"

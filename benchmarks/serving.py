@@ -34,7 +34,7 @@ from lorikeet.adapters.arena import aligned
 from lorikeet.server.base.demo import prepare_demo_base
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.resolve import resolve_compute
-from machine import describe_machine, one_line
+from machine import describe_machine, one_line, warn_if_busy
 from measurement import Spread, ratio
 from options import base_of, parse_or_quick, parser_of
 from server_process import Server, running_server
@@ -127,8 +127,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     machine = describe_machine()
-    if machine["load_average"] > 0.5:
-        sys.stderr.write(f"The machine is busy (load {machine['load_average']}); the numbers will be worse.\n")
+    warn_if_busy(machine, "the numbers will be worse")
     base = options.model or prepare_demo_base(ServerConfig().cache_dir)
     vocab_size = int(AutoConfig.from_pretrained(base).vocab_size)
     numbers = sorted(set(options.adapters))

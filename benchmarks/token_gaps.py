@@ -12,6 +12,7 @@ from lorikeet.adapters.adaptation import Adaptation
 from lorikeet.server.app import App
 from lorikeet.server.engine.request import Delta, Event, Failed, Finished, Request
 from lorikeet.server.engine.sampling_params import SamplingParams
+from measurement import Spread
 
 START_TIMEOUT_S = 600.0
 TAIL_TIMEOUT_S = 120.0
@@ -38,6 +39,15 @@ class Window:
     def tokens_per_s(self) -> float:
         """Of all streams together."""
         return len(self.gaps_s) / self.seconds
+
+
+def pooled_ratio(one: Sequence[Window], other: Sequence[Window], percent: float) -> Spread:
+    """That percentile of all gaps of `one` together, by that of `other`; a single number.
+
+    A window has few steps where steps are slow: all of them together have a p99 that is not just the longest.
+    """
+    both = [Window(0.0, [gap for w in windows for gap in w.gaps_s]).percentile_ms(percent) for windows in (one, other)]
+    return Spread.of([both[0] / both[1]])
 
 
 class _Stream:

@@ -19,8 +19,8 @@ import torch
 from cards import Measurement, write_card
 from corpora import Corpus, Record, calibration_text, load_corpus
 from evaluation import IGNORED, continuation, perplexity
+from lorikeet.adapters.carried_text import CARRIED_FILE
 from lorikeet.server.base.demo import BASE_NAME, prepare_demo_base
-from lorikeet.server.merge_autoround import CARRIED_FILE
 from peft import AdaLoraModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.optimizers import create_loraplus_optimizer
 from recipes import RECIPES, Recipe

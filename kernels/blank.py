@@ -29,4 +29,5 @@ def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.zeros(shape, dtype=dtype, device=device)
     # Lives as long as the tensor's storage.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)

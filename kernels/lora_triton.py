@@ -14,15 +14,15 @@ Deterministic: the parts of a split input width are added in a fixed order, with
 batch 1 an adapter of rank 16 is 84 MB a step, 28 us at 3 TB/s: 1 % of a base step of 2.5 ms. Its 256 launches are what
 costs: a kernel in a graph takes about 1 us to start and, as small as these, 1.5 us to run, nearly all of it a chain of
 dependent loads (tables; ranks and offset; weights). Run one after the other that is 20 %. Against that:
+- With few rows the base's matmul does all of it (`lora_nf4_triton`), and these kernels run for what that can't: gains
+  and offsets, sites that are not NF4, slices that don't fill its tiles.
 - No third launch: the parts of a split shrink are added by expand (each of its programs reads at most 16 x 16 floats a
   row), gains and offsets are applied by expand too. A chain of three loads, tables loaded before they are needed.
 - Shrink does not need y: on a side stream it runs beside the base's matmul (`overlap`), which leaves half of the
   bandwidth unused, so that its bytes are free too. What remains is expand, and the join of the streams.
 - Or, in one stream, dependent launches: both kernels start early and have their weights in registers when what they
-  wait for ends. That leaves two waits of about 0.7 us for each site, 0.2 ms a step, and is what few rows take.
-Which of the two is faster from how many rows on is to be measured; by this estimate neither reaches 4 % at batch 1,
-since expand follows the matmul. That would take the kernel after it (SiLU, rope, norm) to add B h, for which h is
-ready in time when shrink runs beside: no launch would be left on the critical path.
+  wait for ends. That leaves two waits of about 0.7 us for each site, 0.2 ms a step.
+Which of the two is faster from how many rows on is to be measured.
 At batch 16 and 64 with as many adapters the bytes dominate, 42 and 168 MB for each layer. Tiles of one row
 are 16 KiB a program, loaded at once, 4 to 8 programs on a multiprocessor: more than the 18 KB in flight that 3 TB/s at
 800 ns take.

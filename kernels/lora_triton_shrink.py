@@ -10,7 +10,7 @@ from .overlap_triton import begin, wait
 
 
 @triton.jit
-def _shrink_row(
+def shrink_row(
     x_ptr,
     a_ptr,
     row,
@@ -109,7 +109,7 @@ def _shrink_tile_(
     rows = first_row + tl.arange(0, TILE_ROWS)
     row_mask = rows < end
     if ROW_K > 0 and first_row + 1 == end:
-        h = _shrink_row(
+        h = shrink_row(
             x_ptr, a_ptr, first_row, x_stride, rank_rows, rank, in_features, k_start, ROW_K, SPLIT_K, DEPENDENT
         )
         tl.store(out_ptr + first_row.to(tl.int64) * max_rank + rank_rows, h * weight, mask=rank_rows < max_rank)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .nf4_contract import check_linear, check_weight
 from .nf4_cpu import prepare_for_cpu, tiled_linear
-from .nf4_dispatch import ROW_BUCKETS, GemmTile, choose_way
+from .nf4_dispatch import ROW_BUCKETS, GemmTile, Way, choose_way
 from .nf4_tiles import Layout
 from .nf4_weight import BLOCK, NestedAbsmax, NF4Weight, dequantize_rows
 
@@ -53,14 +53,18 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     # On a CPU the dispatcher and the checks would take 15 us of a call.
     if x.is_cpu and not torch.compiler.is_compiling():
         return F.linear(x, weight.dequantize(x.dtype), bias)
-    return torch.ops.lorikeet.nf4_linear.default(x, *_tensors(weight), weight.out_features, _one_offset(weight), bias)
+    return torch.ops.lorikeet.nf4_linear.default(
+        x, *tensors_of(weight), weight.out_features, has_one_offset(weight), bias
+    )
 
 
 def nf4_rows(weight: NF4Weight, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows [start, stop) dequantized, [stop - start, in_features]; for reading a weight piece by piece."""
     if weight.codes.is_cpu:
         return dequantize_rows(weight, start, stop, dtype)
-    return torch.ops.lorikeet.nf4_dequantize.default(*_tensors(weight), weight.in_features, start, stop - start, dtype)
+    return torch.ops.lorikeet.nf4_dequantize.default(
+        *tensors_of(weight), weight.in_features, start, stop - start, dtype
+    )
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -73,14 +77,16 @@ def prepare_for_device(weight: NF4Weight, compute_dtype: torch.dtype) -> NF4Weig
     return prepare_for_cpu(weight, compute_dtype) if weight.codes.is_cpu else weight
 
 
-def _tensors(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def tensors_of(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The tensors of `_WEIGHT`."""
     absmax = weight.absmax
     if isinstance(absmax, NestedAbsmax):
         return weight.codes, absmax.codes, absmax.code_map, absmax.scales, absmax.offsets
     return weight.codes, absmax, None, None, None
 
 
-def _one_offset(weight: NF4Weight) -> bool:
+def has_one_offset(weight: NF4Weight) -> bool:
+    """Whether bitsandbytes can take its constants."""
     return not isinstance(weight.absmax, NestedAbsmax) or weight.absmax.one_offset
 
 
@@ -114,6 +120,16 @@ def _linear_cpu(
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
+def way_of(x: Tensor, out_features: int, one_offset: bool) -> Way:
+    """What `choose_way` says of x on CUDA."""
+    device = torch.cuda.get_device_properties(x.device)
+    num_rows = min(x.shape[0], ROW_BUCKETS[-1] + 1)  # beyond, all are the same: few entries in the function's cache
+    return choose_way(
+        (device.major, device.minor), device.multi_processor_count, num_rows, out_features, x.shape[1], one_offset,
+        x.element_size() == 2,
+    )  # fmt: skip
+
+
 def _linear_cuda(
     x: Tensor,
     codes: Tensor,
@@ -128,12 +144,7 @@ def _linear_cuda(
     from . import nf4_triton  # a CPU-only installation has no Triton
 
     check_linear(x, codes, absmax, code_map, scales, offsets, out_features, bias)
-    device = torch.cuda.get_device_properties(x.device)
-    num_rows = min(x.shape[0], ROW_BUCKETS[-1] + 1)  # beyond, all are the same: few entries in the function's cache
-    way = choose_way(
-        (device.major, device.minor), device.multi_processor_count, num_rows, out_features, x.shape[1], one_offset,
-        x.element_size() == 2,
-    )  # fmt: skip
+    way = way_of(x, out_features, one_offset)
     weight = (codes, absmax, code_map, scales, offsets)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
         if isinstance(way, GemmTile):

@@ -12,7 +12,7 @@ capture. Matmuls of one device must not overlap one another: their splits are co
 """
 
 from functools import cache
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .nf4_weight import BLOCK
 from .overlap import launches_dependently
 
 _STEP: Final = 256  # columns of the matmul's loop
-_MAX_TILES: Final = 4096  # that splits are counted for; more fill a GPU without being split
+MAX_TILES: Final = 4096  # that splits are counted for; more fill a GPU without being split
 _TILE_BLOCKS: Final = 32
 # What is dequantized at once, in weights: 64 MiB in 16 bit, about what an H100's L2 cache holds.
 _SCRATCH_WEIGHTS: Final = 2**25
@@ -47,41 +47,77 @@ def nf4_gemm(
     num_rows, in_features = x.shape
     y = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(out_features, tile.columns)
-    splits = min(tile.splits, triton.cdiv(in_features, _STEP)) if num_tiles <= _MAX_TILES else 1
-    pairs = _as_pairs(x)
-    even_steps = in_features % _STEP == 0
-    words = even_steps and code_map is not None and absmax.storage_offset() % 4 == 0
-    permuted = tile.lookup == "prmt"
+    if num_tiles > MAX_TILES:
+        tile = tile._replace(splits=1)
+    weight = weight_arguments(x, absmax, code_map, tile)
+    splits = weight.num_splits
     dependent = launches_dependently(x.device)
     gemm_kernel[(num_tiles, splits)](
         y,
-        pairs,
+        weight.pairs,
         codes,
-        absmax.view(torch.int32) if words else absmax,
+        weight.absmax,
         code_map,
         scales,
         offsets,
         bias,
-        permute_words(x.dtype, x.device) if permuted else value_table(x.dtype, x.device),
+        weight.table,
         y.new_empty(num_tiles * splits * tile.rows * tile.columns, dtype=torch.float32) if splits > 1 else None,
-        _arrivals(x.device) if splits > 1 else None,
+        arrivals(x.device) if splits > 1 else None,
         num_rows,
         out_features,
         in_features // 2,
-        pairs.stride(0),
-        TABLE_FACTOR=TABLE_FACTORS[x.dtype],
-        PTX=permute_ptx(x.dtype) if permuted else "",
-        WORDS=words,
-        EVEN_STEPS=even_steps,
-        TILE_ROWS=tile.rows,
-        TILE_COLUMNS=tile.columns,
-        NUM_SPLITS=splits,
-        NUM_STAGES=tile.stages,
+        weight.pairs.stride(0),
+        **weight.constants,
         DEPENDENT=dependent,
         num_warps=tile.warps,
         launch_pdl=dependent,
     )
     return y
+
+
+class WeightArguments(NamedTuple):
+    """How the matmul kernels take x and a weight.
+
+    Attributes:
+        pairs: x, every two columns as one integer.
+        absmax: as bytes, or where they can be read so, as words of four.
+        table: that codes are looked up in.
+        num_splits: programs that share the weight's columns.
+        constants: of the kernel.
+    """
+
+    pairs: Tensor
+    absmax: Tensor
+    table: Tensor
+    num_splits: int
+    constants: dict[str, Any]
+
+
+def weight_arguments(x: Tensor, absmax: Tensor, code_map: Tensor | None, tile: GemmTile) -> WeightArguments:
+    """What the matmul kernels are given of x [rows, in_features] and a weight's constants, for a tile."""
+    in_features = x.shape[1]
+    splits = min(tile.splits, triton.cdiv(in_features, _STEP))
+    even_steps = in_features % _STEP == 0
+    words = even_steps and code_map is not None and absmax.storage_offset() % 4 == 0
+    permuted = tile.lookup == "prmt"
+    constants = {
+        "TABLE_FACTOR": TABLE_FACTORS[x.dtype],
+        "PTX": permute_ptx(x.dtype) if permuted else "",
+        "WORDS": words,
+        "EVEN_STEPS": even_steps,
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "NUM_SPLITS": splits,
+        "NUM_STAGES": tile.stages,
+    }
+    return WeightArguments(
+        _as_pairs(x),
+        absmax.view(torch.int32) if words else absmax,
+        permute_words(x.dtype, x.device) if permuted else value_table(x.dtype, x.device),
+        splits,
+        constants,
+    )
 
 
 def nf4_dequantize_(
@@ -155,6 +191,6 @@ def _as_pairs(x: Tensor) -> Tensor:
 
 
 @cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of the programs that have added their part to a tile; zero between launches."""
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+def arrivals(device: torch.device) -> Tensor:
+    """Counters of the programs that have added their part to a tile, and one more; zero between launches."""
+    return torch.zeros(MAX_TILES + 1, dtype=torch.int32, device=device)

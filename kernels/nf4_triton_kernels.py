@@ -49,24 +49,23 @@ def _look_up(codes, table, w0, w1, w2, w3, w4, PTX: tl.constexpr, DTYPE: tl.cons
     return high, low
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def gemm_kernel(
-    y_ptr,
+@triton.jit
+def multiply_tile(
     pairs_ptr,
     codes_ptr,
     absmax_ptr,
     map_ptr,
     scales_ptr,
     offsets_ptr,
-    bias_ptr,
     table_ptr,
-    partials_ptr,
-    arrivals_ptr,
+    rows,
+    columns,
+    split,
     num_rows,
     out_features,
     row_bytes,
     pairs_stride,
-    TABLE_FACTOR: tl.constexpr,
+    DTYPE: tl.constexpr,
     PTX: tl.constexpr,
     WORDS: tl.constexpr,
     EVEN_STEPS: tl.constexpr,
@@ -76,30 +75,18 @@ def gemm_kernel(
     NUM_STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """y[m, n] = sum over k of x[m, k] w[n, k], + bias[n].
+    """Returns x[rows] @ w[columns]^T over the split's columns of w, times TABLE_FACTOR: fp32 [TILE_ROWS, TILE_COLUMNS].
 
-    Grid: (row tiles x column tiles, splits of the columns of w); programs that share a tile of w are beside each other.
     Every value of x arrives with its neighbour as one integer of twice the size (`pairs`), so that the columns of high
     and of low nibbles come apart without a strided load; each half is a product of its own. The product of an NF4 block
-    is scaled as a whole, in fp32. Where splits are added, each program writes its part, and the last one of a tile to
-    arrive adds them in the order of the splits: which program that is does not change a bit of the result. It leaves
-    the tile's counter at zero for the next launch.
-
-    `map_ptr` is None where constants are not nested, `bias_ptr` where there is none.
+    is scaled as a whole, in fp32. `map_ptr` is None where constants are not nested.
     """
-    begin(DEPENDENT)
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     HALF: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-    num_row_tiles = tl.cdiv(num_rows, TILE_ROWS)
-    tile = tl.program_id(0)
-    rows = (tile % num_row_tiles) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    columns = (tile // num_row_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     row_mask = rows < num_rows
     # Past the end the last row of w is read again and nothing is stored.
     w_rows = tl.minimum(columns, out_features - 1)
     num_blocks = row_bytes // _BYTES
-    split = tl.program_id(1)
 
     num_steps = tl.cdiv(num_blocks, _STEP)
     steps_per_split = tl.cdiv(num_steps, NUM_SPLITS)
@@ -163,24 +150,97 @@ def gemm_kernel(
 
     if WEIGHT_FIRST:
         acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gemm_kernel(
+    y_ptr,
+    pairs_ptr,
+    codes_ptr,
+    absmax_ptr,
+    map_ptr,
+    scales_ptr,
+    offsets_ptr,
+    bias_ptr,
+    table_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    num_rows,
+    out_features,
+    row_bytes,
+    pairs_stride,
+    TABLE_FACTOR: tl.constexpr,
+    PTX: tl.constexpr,
+    WORDS: tl.constexpr,
+    EVEN_STEPS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """y[m, n] = sum over k of x[m, k] w[n, k], + bias[n].
+
+    Grid: (row tiles x column tiles, splits of the columns of w); programs that share a tile of w are beside each other.
+    Where splits are added, each program writes its part, and the last one of a tile to arrive adds them in the order of
+    the splits: which program that is does not change a bit of the result. It leaves the tile's counter at zero for the
+    next launch.
+
+    `map_ptr` is None where constants are not nested, `bias_ptr` where there is none.
+    """
+    begin(DEPENDENT)
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    num_row_tiles = tl.cdiv(num_rows, TILE_ROWS)
+    tile = tl.program_id(0)
+    rows = (tile % num_row_tiles) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    columns = (tile // num_row_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    split = tl.program_id(1)
+    acc = multiply_tile(
+        pairs_ptr, codes_ptr, absmax_ptr, map_ptr, scales_ptr, offsets_ptr, table_ptr, rows, columns, split, num_rows,
+        out_features, row_bytes, pairs_stride, DTYPE, PTX, WORDS, EVEN_STEPS, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS,
+        NUM_STAGES, DEPENDENT,
+    )  # fmt: skip
     if NUM_SPLITS > 1:
-        inner = tl.arange(0, TILE_ROWS)[:, None] * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
-        parts_ptrs = partials_ptr + tile.to(tl.int64) * (NUM_SPLITS * TILE_ROWS * TILE_COLUMNS) + inner
-        tl.store(parts_ptrs + split * (TILE_ROWS * TILE_COLUMNS), acc)
-        tl.debug_barrier()  # all threads have stored before one of them tells it
+        parts_ptrs = store_part(partials_ptr, acc, tile, split, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS)
         arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived < NUM_SPLITS - 1:
             return
         tl.store(arrivals_ptr + tile, 0)
-        acc = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
-        for s in tl.static_range(NUM_SPLITS):
-            # From L2, where the other programs' parts are; this multiprocessor's own cache knows nothing of them.
-            acc += tl.load(parts_ptrs + s * (TILE_ROWS * TILE_COLUMNS), cache_modifier=".cg")
+        acc = add_parts(parts_ptrs, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS)
     acc *= 1.0 / TABLE_FACTOR
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + w_rows).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + tl.minimum(columns, out_features - 1)).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
-    tl.store(y_ptrs, acc.to(DTYPE), mask=row_mask[:, None] & (columns < out_features)[None, :])
+    tl.store(y_ptrs, acc.to(DTYPE), mask=(rows < num_rows)[:, None] & (columns < out_features)[None, :])
+
+
+@triton.jit
+def store_part(
+    partials_ptr,
+    acc,
+    tile,
+    split,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    """Write a split's part of a tile where all threads have done so when it returns; pointers to the first part."""
+    inner = tl.arange(0, TILE_ROWS)[:, None] * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
+    parts_ptrs = partials_ptr + tile.to(tl.int64) * (NUM_SPLITS * TILE_ROWS * TILE_COLUMNS) + inner
+    tl.store(parts_ptrs + split * (TILE_ROWS * TILE_COLUMNS), acc)
+    tl.debug_barrier()  # all threads have stored before one of them tells it
+    return parts_ptrs
+
+
+@triton.jit
+def add_parts(parts_ptrs, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """The sum of all parts of a tile."""
+    acc = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    for s in tl.static_range(NUM_SPLITS):
+        # From L2, where the other programs' parts are; this multiprocessor's own cache knows nothing of them.
+        acc += tl.load(parts_ptrs + s * (TILE_ROWS * TILE_COLUMNS), cache_modifier=".cg")
+    return acc
 
 
 @triton.jit(do_not_specialize=["first_block", "num_blocks"])

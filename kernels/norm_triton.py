@@ -1,6 +1,7 @@
 """RMS norm in Triton, for CUDA: a program takes one row whole, so that it is read once.
 
-Graph-safe: the grid is the number of rows, nothing waits for the device. Not tuned on a GPU yet.
+Graph-safe: the grid is the number of rows, nothing waits for the device. May be launched dependently
+(`overlap_triton`). Not tuned on a GPU yet.
 """
 # ruff: noqa: ANN001, ANN202 -- triton.jit reads annotations, and has none for pointers
 
@@ -8,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .overlap import launches_dependently
+from .overlap_triton import begin, wait
 
 # Elements of a row for each warp: two loads of 16 bytes a thread at 16 bit. A decode step has too few rows to fill a
 # GPU, so what counts is that one row's loads are all in flight at once.
@@ -43,6 +47,7 @@ def _launch(
     if num_rows == 0:
         return
     padded = max(16, triton.next_power_of_2(width))
+    dependent = launches_dependently(x.device)
     _rms_norm_kernel[(num_rows,)](
         out,
         x,
@@ -58,7 +63,9 @@ def _launch(
         ADD=residual is not None,
         WRITE_RESIDUAL=write_residual,
         SELECT=rows is not None,
+        DEPENDENT=dependent,
         num_warps=min(_MAX_WARPS, max(1, padded // _ELEMENTS_PER_WARP)),
+        launch_pdl=dependent,
     )
 
 
@@ -77,19 +84,22 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     WRITE_RESIDUAL: tl.constexpr,
     SELECT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Normalize one row a program: out[i] = round(s / sqrt(mean(s^2) + eps)) * weight.
 
     s = x[r] or, with ADD, round(x[r] + residual[r]), where r = rows[i] with SELECT and otherwise i.
     """
+    begin(DEPENDENT)
     target = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED_WIDTH)
+    mask = columns < WIDTH
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    wait(DEPENDENT)
     row = target
     if SELECT:
         row = tl.load(rows_ptr + target)
-    columns = tl.arange(0, PADDED_WIDTH)
-    mask = columns < WIDTH
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     if ADD:
         residual_row_ptr = residual_ptr + row * residual_stride
         residual = tl.load(residual_row_ptr + columns, mask=mask, other=0.0)

@@ -1,5 +1,7 @@
 """How small kernels of a captured step start before what they follow has ended. Two ways, each with a switch.
 
+A third way is not to launch them at all (`lora_nf4_triton`); its switch is here, too.
+
 *Dependent launch* (programmatic dependent launch, compute capability 9.0): a kernel starts while the one before it on
 the stream still runs, reads what that one can't write (tables, weights), and only then waits for it (`gdc_wait`). It
 replaces the gap between two kernels, 1 us or more, and hides the first loads.
@@ -27,11 +29,15 @@ class OverlapSwitches:
             what that means for a kernel with predecessors on two streams has not been tried.
         side_stream_rows: in steps of at least so many rows. In smaller ones the bytes that a side stream hides are
             worth less than the dependent launches that it costs (estimated, see `lora_triton`).
+        lora_in_matmul: LoRA is part of the base's matmul, in steps that are not captured, too.
+        in_matmul_rows: in steps of at most so many rows (estimated, see `lora_nf4_triton`).
     """
 
     dependent_launch: bool = True
     lora_side_stream: bool = True
     side_stream_rows: int = 8
+    lora_in_matmul: bool = True
+    in_matmul_rows: int = 4
 
 
 switches = OverlapSwitches()
@@ -66,6 +72,11 @@ def launches_dependently(device: torch.device) -> bool:
 def lora_runs_beside(num_rows: int) -> bool:
     """Whether a site with so many rows forks now, in order to run its shrink on the side stream."""
     return switches.lora_side_stream and num_rows >= switches.side_stream_rows and _is_captured()
+
+
+def lora_runs_in_matmul(num_rows: int) -> bool:
+    """Whether a site with so many rows does LoRA in the base's matmul, where that knows how."""
+    return switches.lora_in_matmul and num_rows <= switches.in_matmul_rows
 
 
 def _is_captured() -> bool:

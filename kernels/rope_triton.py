@@ -3,13 +3,17 @@
 Programs of queries rotate in place; programs of keys and values read both and write to the cache alone, so nobody reads
 what another one writes.
 
-Graph-safe: the grid depends on shapes alone, nothing waits for the device. Not tuned on a GPU yet.
+Graph-safe: the grid depends on shapes alone, nothing waits for the device. May be launched dependently
+(`overlap_triton`). Not tuned on a GPU yet.
 """
 # ruff: noqa: ANN001, ANN202 -- triton.jit reads annotations, and has none for pointers
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .overlap import launches_dependently
+from .overlap_triton import begin, wait
 
 # Bytes of a program in each half of its heads: one load of 16 bytes for each thread of two warps. Small, because a
 # decode step has few tokens.
@@ -34,6 +38,7 @@ def rope_kv_write_(
     tile_heads = max(1, _TILE_BYTES // (padded_half * qkv.element_size()))
     tile_heads = min(tile_heads, triton.next_power_of_2(num_heads))
     query_tiles = triton.cdiv(num_heads, tile_heads)
+    dependent = launches_dependently(qkv.device)
     _rope_kv_write_kernel[(num_tokens, query_tiles + triton.cdiv(num_kv_heads, tile_heads))](
         qkv,
         rotations,
@@ -52,7 +57,9 @@ def rope_kv_write_(
         TILE_HEADS=tile_heads,
         QUERY_TILES=query_tiles,
         NORM=head_norm is not None,
+        DEPENDENT=dependent,
         num_warps=2,
+        launch_pdl=dependent,
     )
 
 
@@ -74,13 +81,16 @@ def _rope_kv_write_kernel(
     TILE_HEADS: tl.constexpr,
     QUERY_TILES: tl.constexpr,
     NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Rotate TILE_HEADS query heads of a token in place, or as many key heads into the cache with their values.
 
     Grid: (num_tokens, QUERY_TILES + tiles of the kv heads).
     """
+    begin(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
+    wait(DEPENDENT)  # before all reads: rotations are computed by the step, too
     dims = tl.arange(0, PADDED_HALF)
     dim_mask = dims < HALF
     # Once for each head, like the heads themselves: loaded as one row they would go to the threads by shared memory.

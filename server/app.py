@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,6 @@ from .base.selfcheck import check_unproven_family
 from .config import ServerConfig
 from .engine.block_manager import BlockManager
 from .engine.detokenizer import DetokenizerFactory
-from .engine.device_memory import free_bytes
 from .engine.engine import Engine
 from .engine.graph_capture import CaptureBackend, CudaCapture
 from .engine.runner import Runner
@@ -35,7 +35,7 @@ from .metrics import ServerMetrics
 from .metrics_state import StateCollector
 from .policy.holder import PolicyHolder
 from .proof import GoldenProver
-from .resolve import Compute, resolve_compute, resolve_context, resolve_kv_blocks
+from .resolve import Compute, free_memory, resolve_compute, resolve_context, resolve_kv_blocks
 from .tokenizers import Tokenizers
 
 log = structlog.stdlib.get_logger(__name__)
@@ -99,9 +99,13 @@ def run_server(config: ServerConfig, source: str, name: str, announce: Callable[
     check_unproven_family(base)
     try:
         app = assemble(config, compute, base, policy)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OSError) as error:
+        # A CPU's KV cache and arena come from the system itself.
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        place = "This machine" if compute.device.type == "cpu" else compute.device
         raise ConfigError(
-            f"{compute.device} ran out of memory although everything should have fit: something else takes of it too. "
+            f"{place} ran out of memory although everything should have fit: something else takes of it too. "
             "Lower --kv-cache-bytes or --adapter-device-bytes."
         ) from error
     return asyncio.run(serve_until_stopped(app, announce))
@@ -117,7 +121,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
     metrics = ServerMetrics(registry, config.metrics_max_adapters)
     max_context = resolve_context(config, base.max_context)
     torch.cuda.empty_cache()  # what quantizing the base used
-    num_blocks = resolve_kv_blocks(config, base, max_context, free_bytes(compute.device))
+    num_blocks = resolve_kv_blocks(config, base, max_context, free_memory(compute.device))
 
     state = open_state_dir(config.state_dir, config.cache_dir / "run", config.adapter_store_bytes)
     manager = AdapterManager(
@@ -163,6 +167,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         token_budget=config.step_tokens,
         limits_of=policy.limits,
         max_wait_s=config.max_wait_s,
+        max_slowdown=config.max_slowdown,
     )
     detokenizers = DetokenizerFactory(base.tokenizer)
     engine = Engine(

@@ -42,9 +42,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         if arguments[:1] == ["serve"]:
+            from .lean_imports import stand_in
+
             gc.disable()  # what comes in stays
             try:
-                from .cli_serve import serve
+                # structlog brings it in if it is there, and only colours tracebacks with it.
+                with stand_in("rich", None):
+                    from .cli_serve import serve
             finally:
                 gc.enable()
             return serve(arguments[1:])

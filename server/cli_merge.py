@@ -10,7 +10,7 @@ from typing import Final
 
 from ..adapters.merge.errors import MergeLossError
 from ..adapters.merge.loss_rule import refuse_before
-from ..adapters.merge.targets import DENSE, Onto, Target
+from ..adapters.merge.targets import Onto, Target
 
 # Of --to, what its words alone do not say.
 _FORMS: Final = "awq is the algorithm of that name in its layout, gptq AutoRound's values in GPTQ's layout"
@@ -56,8 +56,8 @@ def add_merge_rules(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text for autoround, awq and gptq, at least 2,048 tokens, best of what the adapter was trained on [here: "
-        "calibration.txt in the adapter's folder]",
+        help="text for autoround, awq and gptq, at least 2,048 tokens, best of what the adapter was trained on "
+        "[calibration.txt in the adapter's folder]",
     )
     add("--iterations", type=int, default=20, metavar="N", help="of autoround and gptq, 1 to 1000 [%(default)s]")
     verified = parser.add_mutually_exclusive_group(required=True)
@@ -102,7 +102,7 @@ def merge(options: argparse.Namespace) -> int:
     from .errors import ConfigError
     from .evaluation.texts import read_texts
     from .logs import configure_logs
-    from .merge_card import AGAIN_IN_NF4
+    from .merge_card import notes
     from .merge_job import merge as run
     from .merge_plan import MergeRequest, plan_merge
     from .merge_report import MergeVerifier, require_reader
@@ -150,8 +150,8 @@ def merge(options: argparse.Namespace) -> int:
     if verifier is not None and verifier.report is not None:
         sys.stdout.write(f"{verifier.report.table()}\n\n")
     sys.stdout.write(f"wrote {result.out} ({mebibytes(result.weight_bytes)} of weights) in {result.seconds:.1f} s\n")
-    if to in DENSE:
-        sys.stderr.write(f"note: {AGAIN_IN_NF4}\n")
+    for note in notes(to):
+        sys.stderr.write(f"note: {note}\n")
     return 0
 
 

@@ -25,6 +25,7 @@ CONFIG_ENV = "LORIKEET_CONFIG"
 
 MIB = 2**20
 GIB = 2**30
+DEFAULT_ADAPTER_DEVICE_BYTES = 256 * MIB
 
 
 def _field(group: str, default: Any, description: str, **constraints: Any) -> Any:
@@ -80,7 +81,10 @@ class ServerConfig(BaseSettings):
         f"(separated by `{os.pathsep}` in the environment, an array in the file).",
     )
     adapter_device_bytes: ByteSize = _field(
-        "Adapters", ByteSize(256 * MIB), "Device memory for adapters, in bytes or as 256MiB, 2GiB.", gt=0
+        "Adapters",
+        ByteSize(DEFAULT_ADAPTER_DEVICE_BYTES),
+        "Device memory for adapters, in bytes or as 256MiB, 2GiB.",
+        gt=0,
     )
     adapter_host_bytes: ByteSize = _field(
         "Adapters", ByteSize(GIB), "Host memory for adapters, in bytes or as 256MiB, 2GiB.", gt=0
@@ -163,9 +167,10 @@ class ServerConfig(BaseSettings):
     )
     merge_priority: Literal["idle", "low", "normal"] = _field(
         "Merging",
-        "idle",
-        "When a merge gets a core: idle, when nobody else wants it; low, seldom else (nice 19), so that it ends on a "
-        "machine that is never idle, too; normal, like the server.",
+        "low",
+        "When a merge gets a core: low, when nobody else wants it and else for a tenth of the time, in turns of a few "
+        "milliseconds, so that it ends on a machine that is never idle, too; idle, only when nobody else wants it; "
+        "normal, like the server.",
     )
 
     policy: Path | None = _field(
@@ -187,13 +192,21 @@ class ServerConfig(BaseSettings):
         "Engine",
         "auto",
         "KV cache, in bytes or as 512MiB, 2GiB. auto is 90 % of the device memory left beside weights, adapters, "
-        "workspace and graphs on CUDA, 512MiB on CPU.",
+        "workspace and graphs on CUDA; 512MiB on CPU, or less where memory is short.",
     )
     block_size: int = _field("Engine", 16, "Tokens in a KV block, 1 to 256.", ge=1, le=256)
     step_tokens: int = _field(
         "Engine", 512, "Most tokens, of prompts and outputs together, in one forward pass, 1 to 65536.", ge=1, le=65536
     )
     max_running: int = _field("Engine", 128, "Most requests in one forward pass, 1 to 4096.", ge=1, le=4096)
+    max_slowdown: float = _field(
+        "Engine",
+        0.0,
+        "How many times as long as without them a forward pass of outputs may take with tokens of prompts beside them, "
+        "above 1; prompts get an eighth of step_tokens whatever that takes. 0: no bound.",
+        ge=0,
+        allow_inf_nan=False,
+    )
     prefix_cache: bool = _field(
         "Engine",
         True,
@@ -260,6 +273,8 @@ class ServerConfig(BaseSettings):
                 f"step_tokens ({self.step_tokens}) is below max_running ({self.max_running}); every running request "
                 "needs room for a token in a step."
             )
+        if 0 < self.max_slowdown <= 1:
+            raise ValueError(f"max_slowdown ({self.max_slowdown}) must be above 1, or 0 for no bound.")
         return self
 
     @classmethod

@@ -8,6 +8,7 @@ from google.longrunning.operations_pb2 import Operation  # type: ignore[import-u
 from google.protobuf.json_format import ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from ..adapters.carried_text import CARRIED_FILE
 from ..adapters.merge.errors import MergeLossError
 from ..adapters.merge.loss_rule import refuse_before
 from ..adapters.merge.targets import CALIBRATED, Onto, Target
@@ -91,10 +92,11 @@ def check_merge(request: pb.MergeAdapterRequest) -> None:
             {"field": "iterations"},
         )
     to = merge_target(request)
-    if (to in CALIBRATED) != bool(request.calibration):
-        names = ", ".join(sorted(CALIBRATED))
-        what = f"is needed for {to}" if to in CALIBRATED else f"is only for {names}, and the model is written as {to}"
-        raise BadRequestError(f"calibration {what}.", {"field": "calibration"})
+    if request.calibration and to not in CALIBRATED:
+        raise BadRequestError(
+            f"calibration is only for {', '.join(sorted(CALIBRATED))}, and the model is written as {to}.",
+            {"field": "calibration"},
+        )
     if request.unverified == any(text.strip() for text in request.texts):
         raise BadRequestError(
             "Give held-out text in texts, on which the merged model is compared with the unmerged adapters, or set "
@@ -104,6 +106,25 @@ def check_merge(request: pb.MergeAdapterRequest) -> None:
     lossy = refuse_before(to)
     if lossy is not None and not request.accept_loss:
         raise MergeLossError(f"{lossy}. To do it all the same, set accept_loss.", {"field": "to"})
+
+
+def check_calibration(request: pb.MergeAdapterRequest, is_carried: bool) -> None:
+    """Check that there is a text to calibrate with, if one is needed.
+
+    Args:
+        request: checked otherwise.
+        is_carried: one of its adapters carries a text.
+
+    Raises:
+        BadRequestError: there is none.
+    """
+    to = merge_target(request)
+    if to in CALIBRATED and not request.calibration and not is_carried:
+        raise BadRequestError(
+            f"calibration is needed for {to}: give text of the kind that the adapter was trained on. What an adapter's "
+            f"folder carries as {CARRIED_FILE} is used without that, but none of these had one when it was loaded.",
+            {"field": "calibration"},
+        )
 
 
 def merge_target(request: pb.MergeAdapterRequest) -> Target:

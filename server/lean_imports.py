@@ -6,7 +6,8 @@ on no device, uses any of them:
 - torch's compiler. Both decorate functions for it (`torch.compile`, `torch.compiler.disable`,
   `torch._dynamo.allow_in_graph`), and the first decorator loads it. Here decorators return functions as they are.
 - torch's distributed tensors, and sympy with them: transformers is told that this torch has none, as some builds do.
-- accelerate, and whatever else is installed that it looks for: transformers is told that it is not installed.
+- accelerate, and whatever else is installed that it looks for: transformers is told that it is not installed. So is
+  bitsandbytes of Triton where there is no GPU to compile for.
 
 And transformers (5.17 to 5.23) goes through the source of all its models twice, line by line, to see what they define;
 here once, and by searching.
@@ -29,7 +30,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
-from unittest import mock
 
 _COMPILER: Final = "torch._dynamo"
 _SCANNER: Final = "transformers.utils.import_utils"
@@ -48,12 +48,16 @@ def lean_imports() -> Iterator[None]:
         import torch
 
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(torch, "compile", _as_it_is))
-            stack.enter_context(mock.patch.object(torch.distributed, "is_available", lambda: False))
-            for name, instead in (("accelerate", None), (_COMPILER, _Decorators())):
-                if name not in sys.modules:
-                    stack.callback(_remove, name, instead)
-                    sys.modules[name] = instead  # type: ignore[assignment]  # None: "not to be found", see `import`
+            for owner, name, instead in (
+                (torch, "compile", _as_it_is),
+                (torch.distributed, "is_available", lambda: False),
+            ):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, instead)
+            if not torch.cuda.is_available():
+                stack.enter_context(stand_in("triton", None))
+            stack.enter_context(stand_in("accelerate", None))
+            stack.enter_context(stand_in(_COMPILER, _Decorators()))
             finder = _QuickScan()
             sys.meta_path.insert(0, finder)
             stack.callback(sys.meta_path.remove, finder)
@@ -61,6 +65,24 @@ def lean_imports() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+@contextmanager
+def stand_in(name: str, module: ModuleType | None) -> Iterator[None]:
+    """While this lasts, a module that has not come yet is another.
+
+    Args:
+        name: of the module.
+        module: in its place; None: it is not to be found.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = module  # type: ignore[assignment]  # None: see `import`
+    try:
+        yield
+    finally:
+        _remove(name, module)
 
 
 class _QuickScan(MetaPathFinder):

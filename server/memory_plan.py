@@ -1,24 +1,46 @@
-"""What a server takes of a CUDA device beside the base's weights, and what to lower where it is too much.
+"""What a server takes of its device's memory beside the base's weights, and what to lower where it is too much.
 
 Computed before anything of it is allocated. KV cache, arena and tables are exact; what a step computes on the way and
 what captured graphs take are estimates, rather too high. Imports no torch.
+
+On a CPU the system gives cache and arena their memory only as they fill (kernels/blank.py): asking for too much
+succeeds, and the process is killed later. So it is refused there too; see `plan_host_kv_cache`.
 """
 
 import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
-from .config import GIB, MIB
+import structlog
+
+from .config import DEFAULT_ADAPTER_DEVICE_BYTES, GIB, MIB
 from .errors import ConfigError
+
+log = structlog.stdlib.get_logger(__name__)
 
 # Of what is left beside everything else; the rest stays free for what the estimates miss.
 AUTO_KV_SHARE: Final = 0.9
+CPU_KV_CACHE_BYTES: Final = 512 * MIB
 # CUDA libraries' workspaces, compiled kernels, fragments. vLLM's logs of 67 graphs of an 8B model name 0.5 to 0.6 GiB.
 RESERVE_BYTES: Final = 512 * MIB
 GRAPH_BYTES: Final = 8 * MIB
+# A KV cache and an arena that together take no more than by default are not refused on a CPU.
+MODEST_BYTES: Final = CPU_KV_CACHE_BYTES + DEFAULT_ADAPTER_DEVICE_BYTES
 # Of each logit of a step whose rows all sample with top-p: scaled and sorted values, indices, running sums (fp32).
 _SAMPLER_BYTES: Final = 24
+
+
+class FreeMemory(NamedTuple):
+    """What nobody has taken.
+
+    Attributes:
+        nbytes: how much.
+        place: whose they are; begins a sentence.
+    """
+
+    nbytes: int
+    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +105,65 @@ def demands(size: ModelSize, settings: MemorySettings) -> dict[str, int]:
     return found
 
 
-def plan_kv_cache(size: ModelSize, settings: MemorySettings, free: int) -> int:
-    """Bytes of the KV cache.
+def plan_kv_cache(size: ModelSize, settings: MemorySettings, free: FreeMemory) -> int:
+    """Bytes of the KV cache on a CUDA device.
 
     Args:
         size: of the base, whose weights are loaded.
         settings: as given.
-        free: bytes of the device that nobody has allocated.
+        free: of the device.
 
     Raises:
         ConfigError: it does not fit; names everything that takes memory, and which setting to lower to what.
     """
-    if _missing(size, settings, free) > 0:
+    if _missing(size, settings, free.nbytes) > 0:
         raise ConfigError(_explain(size, settings, free))
     if settings.kv_cache_bytes is not None:
         return settings.kv_cache_bytes
-    left = free - sum(demands(size, settings).values())
-    return max(size.kv_block_bytes, int(left * AUTO_KV_SHARE))
+    return max(size.kv_block_bytes, _auto(size, settings, free.nbytes))
+
+
+def plan_host_kv_cache(size: ModelSize, settings: MemorySettings, free: FreeMemory | None) -> int:
+    """Bytes of the KV cache on a CPU.
+
+    An automatic one is smaller where there is little memory, but still holds the longest context if it ever would.
+    Where cache and arena do not fit and together are no larger than by default, there is only a warning: the estimates
+    are rather too high, and what is never filled takes no memory.
+
+    Args:
+        size: of the base, whose weights are loaded.
+        settings: as given.
+        free: of this process; None: unknown.
+
+    Raises:
+        ConfigError: it does not fit, and is more than by default; says the same as plan_kv_cache.
+    """
+    kv_cache = settings.kv_cache_bytes
+    if kv_cache is None:
+        most = max(CPU_KV_CACHE_BYTES, size.kv_block_bytes)
+        least = min(most, settings.max_blocks * size.kv_block_bytes)
+        kv_cache = most if free is None else max(least, min(most, _auto(size, settings, free.nbytes)))
+    if free is None:
+        return kv_cache
+    with_cache = replace(settings, kv_cache_bytes=kv_cache)
+    missing = _missing(size, with_cache, free.nbytes)
+    if missing > 0 and kv_cache + settings.adapter_device_bytes > MODEST_BYTES:
+        raise ConfigError(_explain(size, with_cache, free))
+    if missing > 0 or (settings.kv_cache_bytes is None and kv_cache < CPU_KV_CACHE_BYTES):
+        log.warning(
+            "little_memory",
+            free_bytes=free.nbytes,
+            kv_cache_bytes=kv_cache,
+            adapter_device_bytes=settings.adapter_device_bytes,
+            hint=f"{free.place} has {_gib(free.nbytes)} free beside the base's weights. "
+            + (
+                "If KV cache and adapters fill up, the system may end the server: lower --kv-cache-bytes or "
+                "--adapter-device-bytes."
+                if missing > 0
+                else f"The KV cache takes {_gib(kv_cache)} of it, less than on a larger machine."
+            ),
+        )
+    return kv_cache
 
 
 def _activations(size: ModelSize, rows: int, sampled: int) -> int:
@@ -110,19 +174,24 @@ def _activations(size: ModelSize, rows: int, sampled: int) -> int:
     return rows * (4 * size.hidden + 2 * size.widest) * size.itemsize + sampled * size.vocab * (size.itemsize + 4)
 
 
+def _auto(size: ModelSize, settings: MemorySettings, free: int) -> int:
+    """What an automatic KV cache may take of what is left beside everything else."""
+    return int((free - sum(demands(size, settings).values())) * AUTO_KV_SHARE)
+
+
 def _missing(size: ModelSize, settings: MemorySettings, free: int) -> int:
     """Bytes that are needed beyond what is free; 0 or less: it fits."""
     kv_cache = size.kv_block_bytes if settings.kv_cache_bytes is None else settings.kv_cache_bytes
     return sum(demands(size, settings).values()) + kv_cache - free
 
 
-def _explain(size: ModelSize, settings: MemorySettings, free: int) -> str:
+def _explain(size: ModelSize, settings: MemorySettings, free: FreeMemory) -> str:
     parts: Mapping[str, int] = {
         "KV cache": size.kv_block_bytes if settings.kv_cache_bytes is None else settings.kv_cache_bytes,
         **demands(size, settings),
     }
     listed = ", ".join(f"{name} {_gib(count)}" for name, count in parts.items())
-    advice = _advice(size, settings, free)
+    advice = _advice(size, settings, free.nbytes)
     if advice:
         what = f"Lower one of: {'; '.join(advice)}."
     else:
@@ -131,8 +200,8 @@ def _explain(size: ModelSize, settings: MemorySettings, free: int) -> str:
             "--max-running together, or take a smaller base or a larger device."
         )
     return (
-        f"The device has {_gib(free)} free beside the base's weights, and {_gib(sum(parts.values()))} are needed "
-        f"({listed}); {_gib(_missing(size, settings, free))} are missing. {what}"
+        f"{free.place} has {_gib(free.nbytes)} free beside the base's weights, and {_gib(sum(parts.values()))} are "
+        f"needed ({listed}); {_gib(_missing(size, settings, free.nbytes))} are missing. {what}"
     )
 
 

@@ -1,7 +1,8 @@
 """Quantizes a merged 16-bit model with auto-round, in a process of its own, whose main module is this one.
 
 A process, because auto-round holds the model and its activations in memory, logs to standard output, ends the process
-where it finds an error, and can be stopped in no other way. Its arguments are a JSON object on standard input.
+where it finds an error, and can be stopped in no other way. Its argument is the number of an open file with a JSON
+object. It goes on as long as its standard input is open: whoever started it may be killed.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters.carried_text import CARRIED_FILE
 from ..adapters.merge.errors import MergeError
 from ..adapters.merge.progress import CancelCheck, Progress
 from ..adapters.merge.targets import Target
 from .base.loader import read_tokenizer
 from .errors import ConfigError
 
-# The text that an adapter learnt, or some of it, where its folder carries that.
-CARRIED_FILE: Final = "calibration.txt"
 # Tokens of a calibration sample, and how many samples are used. Fewer than the fewest say too little about a layer.
 SAMPLE_TOKENS: Final = 128
 FEWEST_SAMPLES: Final = 16
@@ -165,8 +166,9 @@ def quantize(
         given.write(json.dumps(message).encode())
         given.seek(0)
         process = subprocess.Popen(  # noqa: S603  # this interpreter and a module of ours
-            [sys.executable, "-P", "-m", __name__],
-            stdin=given,
+            [sys.executable, "-P", "-m", __name__, str(given.fileno())],
+            pass_fds=[given.fileno()],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | {"AR_WORK_SPACE": str(work)},
@@ -184,6 +186,8 @@ def quantize(
         finally:
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
             shutil.rmtree(work, ignore_errors=True)
         if process.returncode:
             lines = [line for line in _read_log(log).splitlines() if line.strip()]
@@ -227,6 +231,7 @@ def round_dense(directory: Path) -> None:
         if any(tensor.dtype == torch.float32 for tensor in tensors.values()):
             tensors = {k: v.to(dtype) if v.dtype == torch.float32 else v.clone() for k, v in tensors.items()}
             save_file(tensors, file, {"format": "pt"})
+        file.chmod(config.stat().st_mode)  # safetensors makes files that nobody else may read
         total += sum(tensor.nbytes for tensor in tensors.values())
     config.write_text(json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
     index = directory / "model.safetensors.index.json"
@@ -236,12 +241,20 @@ def round_dense(directory: Path) -> None:
         )
 
 
+def _end_with_parent() -> None:
+    """End the process when its standard input is closed; a thread's work."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main() -> None:
     """The process's part."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    given = json.load(sys.stdin)
+    with open(int(sys.argv[1]), encoding="utf-8") as file:
+        given = json.load(file)
     layout, symmetric = _FORMATS[Target(given["to"])]
     model = AutoModelForCausalLM.from_pretrained(given["source"], dtype=torch.bfloat16, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(given["source"], local_files_only=True)

@@ -11,7 +11,7 @@ from ..adapters.merge.targets import CALIBRATED, DENSE, Target
 from .merge_plan import MergePlan
 
 # Seen on the demo base with the adapter kjv (2026-11-23): served again in NF4, the merged model answered as the base.
-AGAIN_IN_NF4: Final = (
+_AGAIN_IN_NF4: Final = (
     "Quantized to NF4 again, which is what `lorikeet serve` does with every 16-bit model, it loses most of what the "
     "adapter adds: run it in 16 bit, or serve the adapter unmerged."
 )
@@ -20,7 +20,21 @@ _QUANTIZED: Final = {
     Target.AWQ: "by AWQ (scales, no clipping), in its layout",
     Target.GPTQ: "by AutoRound, in GPTQ's layout",
 }
+# What transformers 5.23 asks for to load a layout; it loads 16-bit models by itself.
+_LOADED_WITH: Final = {
+    Target.AUTOROUND: "auto-round",
+    Target.AWQ: "gptqmodel",
+    Target.GPTQ: "gptqmodel",
+    Target.NF4: "bitsandbytes",
+}
 _PACKAGES: Final = ("torch", "transformers", "bitsandbytes", "safetensors")
+
+
+def notes(to: Target) -> list[str]:
+    """What whoever has merged should know of the result."""
+    if to in DENSE:
+        return [_AGAIN_IN_NF4]
+    return [f"To load it, transformers needs the Python package {_LOADED_WITH[to]}."]
 
 
 def write_card(directory: Path, plan: MergePlan, measured: Sequence[str]) -> None:
@@ -72,7 +86,7 @@ def write_card(directory: Path, plan: MergePlan, measured: Sequence[str]) -> Non
                 f"| made with | {versions} |",
                 "",
                 "Each weight is W + s·BA, computed in float32 and rounded once.",
-                *([AGAIN_IN_NF4] if to in DENSE else []),
+                *notes(to),
                 "",
                 *(measured or ["It was not compared with the unmerged adapter: no held-out text was given."]),
                 "",

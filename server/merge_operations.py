@@ -292,7 +292,8 @@ class MergeOperations:
 def unknown(name: str) -> OperationNotFoundError:
     """The error for a name that is none, not any more, or not for this client."""
     return OperationNotFoundError(
-        f"There is no operation {name[:128]!r} that this client may know of; ended ones are forgotten after a day, "
-        f"after {MAX_KEPT} others, and when the server is started again.",
+        f"There is no operation {name[:128]!r} that this client may know of. Operations end with their server, also "
+        f"when it is started again, and are forgotten a day after their end or after {MAX_KEPT} others; a model that "
+        "was written stays.",
         {"name": name[:128]},
     )

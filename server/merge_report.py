@@ -10,10 +10,12 @@ from ..adapters.merge.errors import MergeLossError
 from ..adapters.merge.loss_rule import refuse_after, refuse_before
 from ..adapters.merge.progress import Progress
 from ..adapters.merge.targets import Target
+from .base.loader import read_tokenizer
 from .config import ServerConfig
 from .errors import ConfigError
-from .evaluation.comparison import compare_models
+from .evaluation.comparison import LEAST_TOKENS, compare_models
 from .evaluation.report import ComparisonReport
+from .evaluation.windows import choose_sizes, cut_all
 from .merge_plan import MergePlan
 
 REPORT_FILE: Final = "merge_report.json"
@@ -35,6 +37,9 @@ class MergeVerifier:
     Attributes:
         report: what was measured, once it was called.
         accepted: why the model would have been refused, if that was accepted.
+
+    Raises:
+        TextTooShortError: too little of the text can be scored; said before a merge takes its time.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class MergeVerifier:
         self._accept_loss = accept_loss
         self._progress = progress
         self._tell = tell
+        tokenizer = read_tokenizer(plan.base.checkpoint.directory)
+        cut_all([tokenizer.encode(text) for text in texts], *choose_sizes(None, None, 2**31), least=LEAST_TOKENS)
 
     def __call__(self, directory: Path) -> Sequence[str]:
         """Measure a complete model.

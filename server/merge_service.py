@@ -17,6 +17,7 @@ from typing import Final
 import structlog
 from google.longrunning import operations_pb2  # type: ignore[import-untyped]
 
+from ..adapters.carried_text import CARRIED_FILE
 from ..adapters.errors import AdapterIdError, ServingError
 from ..adapters.fingerprint import BaseFingerprint
 from ..adapters.merge.errors import MergeOutputExistsError, disk_error
@@ -30,6 +31,7 @@ from .config import ServerConfig
 from .convert_merge import (
     DEFAULT_ITERATIONS,
     AskedMember,
+    check_calibration,
     check_merge,
     merge_members,
     merge_onto,
@@ -205,6 +207,7 @@ class MergeService(MergeServiceServicer):
         try:
             for version, directory in zip(versions, directories, strict=True):
                 self._manager.copy_files(version, directory)
+            check_calibration(request, any((directory / CARRIED_FILE).exists() for directory in directories))
             if request.calibration:
                 (work / CALIBRATION_FILE).write_text(request.calibration, encoding="utf-8")
             size = sum(path.stat().st_size for directory in directories for path in directory.iterdir())

@@ -1,10 +1,10 @@
 """The process of one merge that a server was asked for; `merge_process.py` starts it.
 
 A process, because a merge computes for minutes: neither the interpreter lock nor the step thread is touched, and it can
-be stopped at any moment. By default it runs only on cores that nobody else wants. Its argument is a directory with
-`request.json` (a `MergeCommand`) and what that names. On standard output it writes a JSON object a line: `progress`
-often, then `done` or `error`. It goes on as long as its standard input is open, so it ends when it is cancelled and
-when the server is gone, however that came.
+be stopped at any moment. By default it takes cores that nobody else wants, and a tenth of one that is wanted. Its
+argument is a directory with `request.json` (a `MergeCommand`) and what that names. On standard output it writes a JSON
+object a line: `progress` often, then `done` or `error`. It goes on as long as its standard input is open, so it ends
+when it is cancelled and when the server is gone, however that came.
 """
 
 import contextlib
@@ -29,6 +29,8 @@ from .merge_command import REQUEST_FILE, MergeCommand
 
 # Between two lines about progress.
 _TELL_S: Final = 0.2
+# Of priority low, relative to the server's.
+_LOW_NICE: Final = 19
 # How long it may take to clean up once it shall end.
 CLEAN_UP_S: Final = 10.0
 _UNITS: Final = {"Merging": "bytes", "Quantizing": "layers", "Comparing": "tokens"}
@@ -93,17 +95,22 @@ class _Channel:
 
 
 def set_priority(priority: str) -> None:
-    """Leave the cores to others.
+    """Leave the cores to others: the process, and what it starts.
 
-    Of a process that Linux schedules as idle, reads and writes are idle, too (`task_nice_ioclass`, block/ioprio.c).
+    Linux throttles it, because that takes nothing of a core that nobody else wants, however many the machine has, and
+    nothing has to be stopped, continued or woken. Beside a thread of the server on the same core it gets 15 of
+    1024 + 15 parts of it (`sched_prio_to_weight`, kernel/sched/core.c), and what the steps' threads leave while they
+    wait for each other: together about a tenth of a core. At nice 10 it got twice that, and held up steps too long.
+    Of a process that is scheduled as idle, reads and writes are idle, too (`task_nice_ioclass`, block/ioprio.c).
 
     Args:
         priority: idle, low or normal.
     """
     with contextlib.suppress(OSError):  # a sandbox may forbid it
-        if priority != "normal":
-            os.nice(19)
+        if priority == "low":
+            os.nice(_LOW_NICE)
         if priority == "idle":
+            os.nice(19)
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
@@ -146,7 +153,7 @@ def _merge(command: MergeCommand, stop: _Stop, channel: _Channel) -> dict[str, A
         from .config_loading import load_config
         from .errors import BaseModelError
         from .logs import configure_logs
-        from .merge_card import AGAIN_IN_NF4
+        from .merge_card import notes
         from .merge_job import merge
         from .merge_plan import plan_merge
         from .merge_report import MergeVerifier, describe, require_reader
@@ -192,19 +199,20 @@ def _merge(command: MergeCommand, stop: _Stop, channel: _Channel) -> dict[str, A
     result = merge(plan, channel.progress, lambda: stop.is_asked, verify)
     report = None if verifier is None else verifier.report
     accepted = None if verifier is None else verifier.accepted
-    notes = [AGAIN_IN_NF4] if command.to in DENSE else []
     return {
         **describe(plan, report, accepted),
         "output": command.out.name,
         "weight_bytes": result.weight_bytes,
         "seconds": round(result.seconds, 3),
-        "warnings": [*(_public(warning, command) for warning in plan.warnings), *notes],
+        "warnings": [*(_public(warning, command) for warning in plan.warnings), *notes(command.to)],
         "table": "" if report is None else report.table(),
     }
 
 
 def _described(error: ServingError, command: MergeCommand) -> dict[str, Any]:
     metadata = {key: _public(value, command) for key, value in error.metadata.items()}
+    if "field" in metadata:
+        metadata["field"] = _FIELDS.get(metadata["field"], metadata["field"])
     return {
         "code": error.code.value,
         "reason": error.reason,

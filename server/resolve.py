@@ -2,17 +2,17 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from ..kernels.native.functions import multiplies_bf16
 from .base.model import BaseModel
-from .config import MIB, ServerConfig
+from .config import ServerConfig
+from .engine.device_memory import free_bytes
 from .engine.step_graphs import bucket_sizes
 from .errors import ConfigError
-from .memory_plan import MemorySettings, ModelSize, plan_kv_cache
-
-CPU_KV_CACHE_BYTES = 512 * MIB
+from .host_memory import free_host_memory
+from .memory_plan import FreeMemory, MemorySettings, ModelSize, plan_host_kv_cache, plan_kv_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def resolve_compute(config: ServerConfig) -> Compute:
         device = torch.device("cuda", device.index or 0)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.compute_dtype)
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" or _has_avx512_bf16() else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" or multiplies_bf16() else torch.float32
     return Compute(device, dtype, config.threads or len(os.sched_getaffinity(0)))
 
 
@@ -60,29 +60,30 @@ def resolve_context(config: ServerConfig, model_context: int) -> int:
     return config.max_context
 
 
-def resolve_kv_blocks(config: ServerConfig, base: BaseModel, max_context: int, free: int) -> int:
-    """Number of KV blocks; on CUDA, after making sure that everything fits beside the base.
+def free_memory(device: torch.device) -> FreeMemory | None:
+    """What this process may still take for the model there; None: unknown."""
+    return FreeMemory(free_bytes(device), "The device") if device.type == "cuda" else free_host_memory()
+
+
+def resolve_kv_blocks(config: ServerConfig, base: BaseModel, max_context: int, free: FreeMemory | None) -> int:
+    """Number of KV blocks, after making sure that everything fits beside the base.
 
     Args:
         config: kv_cache_bytes, and what else takes device memory.
         base: loaded; nothing else is allocated yet.
         max_context: tokens of the longest context.
-        free: bytes of the device that nobody has allocated; not looked at on a CPU.
+        free: of the base's device; None: unknown, on a CPU.
 
     Raises:
         ConfigError: not even one block fits, or not everything does.
     """
     block_bytes = base.kv_block_bytes(config.block_size)
-    on_cuda = base.device.type == "cuda"
-    auto = None if on_cuda else CPU_KV_CACHE_BYTES
-    given = auto if config.kv_cache_bytes == "auto" else int(config.kv_cache_bytes)
+    given = None if config.kv_cache_bytes == "auto" else int(config.kv_cache_bytes)
     if given is not None and given < block_bytes:
         raise ConfigError(
             f"The KV cache gets {given} bytes, and one block of {config.block_size} tokens needs {block_bytes}. Raise "
             "--kv-cache-bytes."
         )
-    if given is not None and not on_cuda:
-        return given // block_bytes
     settings = MemorySettings(
         kv_cache_bytes=given,
         adapter_device_bytes=config.adapter_device_bytes,
@@ -90,9 +91,13 @@ def resolve_kv_blocks(config: ServerConfig, base: BaseModel, max_context: int, f
         step_tokens=config.step_tokens,
         max_running=config.max_running,
         max_blocks=-(-max_context // config.block_size),
-        graph_rows=bucket_sizes if config.cuda_graphs else None,
+        graph_rows=bucket_sizes if config.cuda_graphs and base.device.type == "cuda" else None,
     )
-    return plan_kv_cache(_model_size(base, block_bytes), settings, free) // block_bytes
+    size = _model_size(base, block_bytes)
+    if base.device.type != "cuda":
+        return plan_host_kv_cache(size, settings, free) // block_bytes
+    assert free is not None
+    return plan_kv_cache(size, settings, free) // block_bytes
 
 
 def _model_size(base: BaseModel, block_bytes: int) -> ModelSize:
@@ -107,11 +112,3 @@ def _model_size(base: BaseModel, block_bytes: int) -> ModelSize:
         itemsize=base.compute_dtype.itemsize,
         kv_block_bytes=block_bytes,
     )
-
-
-def _has_avx512_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; elsewhere bfloat16 is slower than float32."""
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -28,10 +28,10 @@ class TokenizerProcess:
     """One process; it starts when it is first asked, and anew after it was killed. Any thread; one question at a time.
 
     Args:
-        base: zlib-compressed tokenizer.json of the base, as it runs and as it lies on the disk.
+        base: gives the zlib-compressed tokenizer.json of the base, as it runs and as it lies on the disk.
     """
 
-    def __init__(self, base: Sequence[bytes]) -> None:
+    def __init__(self, base: Callable[[], Sequence[bytes]]) -> None:
         self._base = base
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,7 +94,7 @@ class TokenizerProcess:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-        self._ask({"do": "base", "cpu_seconds": START_S}, self._base, START_S)
+        self._ask({"do": "base", "cpu_seconds": START_S}, self._base(), START_S)
         if self._is_closed:
             self._process.kill()
 

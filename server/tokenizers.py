@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -73,14 +74,10 @@ class Tokenizers:
         self._max_kept_bytes = max_kept_bytes
         self._template: str | None = base.chat_template
         self._special_tokens = {key: str(token) for key, token in base.special_tokens_map.items()}
-        backends = [decoder.to_str().encode()]
         stored = Path(base.name_or_path) / TOKENIZER_FILE
-        if stored.is_file():
-            backends.append(stored.read_bytes())
-        self._same_bytes = frozenset(hashlib.sha256(data).digest() for data in backends)
-        packed = [zlib.compress(data, 1) for data in backends]
-        self._loading = TokenizerProcess(packed)
-        self._processes = [TokenizerProcess(packed) for _ in range(REQUEST_PROCESSES)]
+        self._stored = [stored.read_bytes()] if stored.is_file() else []
+        self._loading = TokenizerProcess(lambda: self._packed)
+        self._processes = [TokenizerProcess(lambda: self._packed) for _ in range(REQUEST_PROCESSES)]
         self._free: queue.SimpleQueue[TokenizerProcess] = queue.SimpleQueue()
         for process in self._processes:
             self._free.put(process)
@@ -89,6 +86,21 @@ class Tokenizers:
         self._kept: WeakValueDictionary[str, AdapterTokenizer] = WeakValueDictionary()
         self._keeping = threading.Lock()
         self._is_warm = False
+
+    # The base's tokenizer.json, as it runs and as it lay on the disk at start. Made when the first adapter brings a
+    # tokenizer: few do, and a server would be ready 0.1 s later.
+
+    @cached_property
+    def _backends(self) -> list[bytes]:
+        return [self._decoder.to_str().encode(), *self._stored]
+
+    @cached_property
+    def _same_bytes(self) -> frozenset[bytes]:
+        return frozenset(hashlib.sha256(data).digest() for data in self._backends)
+
+    @cached_property
+    def _packed(self) -> list[bytes]:
+        return [zlib.compress(data, 1) for data in self._backends]
 
     def close(self) -> None:
         """End the processes; whoever waits for one gets an error."""

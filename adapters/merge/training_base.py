@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ..card import CARD_FILE
-from ..errors import AdapterInvalidError
-from ..paths import open_contained
+from ..card import read_card
 from .targets import Onto
 
-# Most of a card that is read.
-_CARD_BYTES: Final = 256 * 2**10
 _QUANTIZED_NAME: Final = re.compile(r"(?i)[-_./](bnb|nf4|4bit|int4)(?![a-z0-9])")
 _SETTING: Final = re.compile(r"(?i)load_in_4bit[\s`*\"']*[:=|][\s`*\"']*(?P<value>true|false)")
 # A line on the base of the training, whatever else the card says of bases that the adapter was measured on.
@@ -58,16 +54,11 @@ def default_onto(adapters: Sequence[tuple[str, str | None, Path]], *, has_origin
     )
 
 
-def said_in_card(directory: Path, roots: Sequence[Path] = ()) -> str:
+def said_in_card(card: str) -> str:
     """What an adapter's card says of the weights that it was trained on, in the words that are looked for, or nothing.
 
     A card of these words alone says the same.
-
-    Args:
-        directory: the adapter's.
-        roots: the card must really lie in one of them; empty when a local tool asks.
     """
-    card = _read_card(directory, roots)
     settings = {match["value"].lower() for match in _SETTING.finditer(card)}
     if settings:
         return _ORIGINAL[0] if settings == {"false"} else "load_in_4bit: true"
@@ -81,15 +72,7 @@ def said_in_card(directory: Path, roots: Sequence[Path] = ()) -> str:
 def _training_base(name: str, trained_for: str | None, directory: Path) -> Choice | None:
     if trained_for and _QUANTIZED_NAME.search(trained_for):
         return Choice(Onto.NF4, f"{name} was trained on {trained_for.rstrip('/').rpartition('/')[2]}, a 4-bit copy")
-    said = said_in_card(directory)
+    said = said_in_card(read_card(directory).text)
     if not said:
         return None
     return Choice(Onto.ORIGINAL if said in _ORIGINAL else Onto.NF4, f"the card of {name} says {said}")
-
-
-def _read_card(directory: Path, roots: Sequence[Path]) -> str:
-    try:
-        with open_contained(directory, CARD_FILE, roots) as file:
-            return file.read(_CARD_BYTES).decode(errors="replace")
-    except (OSError, AdapterInvalidError):
-        return ""

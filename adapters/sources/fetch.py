@@ -43,7 +43,7 @@ class Fetcher:
         """A directory with the files of an adapter, that is there until the context ends. Blocks.
 
         In it are `adapter_config.json` and `adapter_model.safetensors`, and, where the source has them,
-        `lorikeet.golden.safetensors` and `README.md`. Their content is unchecked.
+        `lorikeet.golden.safetensors`, `README.md`, `calibration.txt` and a tokenizer's. Their content is unchecked.
 
         Raises:
             AdapterNotFoundError: the source lacks a required file.

@@ -8,8 +8,9 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from ..card import CARD_FILE
+from ..carried_text import CARRIED_FILE, MAX_CARRIED_BYTES
 from ..config import CONFIG_FILE, MAX_CONFIG_BYTES
-from ..errors import AdapterNotFoundError, AdapterSourceError, AdapterUnreadableError
+from ..errors import AdapterMemoryError, AdapterNotFoundError, AdapterSourceError, AdapterUnreadableError
 from ..shards import INDEX_FILES, MAX_INDEX_BYTES, parse_index
 from ..tokenizer_files import TOKENIZER_FILES
 from ..weights_file import WEIGHTS_FILE
@@ -43,6 +44,7 @@ _FURTHER: Final = (
     _Wanted(CARD_FILE, is_required=False),
     *(_Wanted(name, is_required=False, max_bytes=size) for name, size in TOKENIZER_FILES.items()),
 )
+_CARRIED: Final = _Wanted(CARRIED_FILE, is_required=False, max_bytes=MAX_CARRIED_BYTES)
 
 
 class RemoteFolder(Protocol):
@@ -92,6 +94,7 @@ async def fetch_files(folder: RemoteFolder, uri: str, directory: Path, max_bytes
             raise
     for wanted in _FURTHER:
         await files.take(wanted)
+    await _take_carried(files)
     await _check_unchanged(folder, uri, files.marks)
     _log.info("adapter_fetched", uri=uri, bytes=max_bytes - files.left, seconds=round(time.monotonic() - started, 3))
 
@@ -115,6 +118,10 @@ class _Files:
             self.marks[wanted.name] = mark
         return target if target.exists() else None
 
+    def drop(self, wanted: _Wanted) -> None:
+        """Remove what came of a file that is done without."""
+        (self._directory / wanted.name).unlink(missing_ok=True)
+
 
 async def _take_shards(files: _Files) -> bool:
     """Fetch weights that are split, by the names in their index; False when there is no index."""
@@ -125,6 +132,15 @@ async def _take_shards(files: _Files) -> bool:
                 await files.take(_Wanted(name, is_required=True))
             return True
     return False
+
+
+async def _take_carried(files: _Files) -> None:
+    """Fetch the text for merges; an adapter is served without it, too, so it may be too large or out of reach."""
+    try:
+        await files.take(_CARRIED)
+    except (AdapterMemoryError, AdapterUnreadableError) as error:
+        files.drop(_CARRIED)
+        _log.warning("adapter_fetch_skipped", file=CARRIED_FILE, why=error.message)
 
 
 async def _fetch(folder: RemoteFolder, uri: str, wanted: _Wanted, target: Path, meter: Meter) -> str | None:

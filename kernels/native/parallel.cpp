@@ -114,7 +114,7 @@ Team& team() {
 
 }  // namespace
 
-void run_together(int helpers, void (*work)(void*), void* data) {
+void LORIKEET_INSTRUCTIONS::run_together(int helpers, void (*work)(void*), void* data) {
     if (helpers <= 0) return work(data);
     team().run(helpers, work, data);
 }

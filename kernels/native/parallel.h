@@ -10,10 +10,22 @@
 // Of functions that Python calls; nothing else is visible outside the library.
 #define LORIKEET_EXPORT extern "C" __attribute__((visibility("default")))
 
+// What a file is compiled for is part of a name that all of them share: a library of files that were compiled for
+// different processors is not loaded.
+#if defined(__AVX512BF16__)
+#define LORIKEET_INSTRUCTIONS avx512
+#elif defined(__AVX2__)
+#define LORIKEET_INSTRUCTIONS avx2
+#else
+#define LORIKEET_INSTRUCTIONS portable
+#endif
+
 namespace lorikeet {
 
+inline namespace LORIKEET_INSTRUCTIONS {
 // Calls work(data) on the calling thread and on up to `helpers` others; each call returns when no piece is left.
 void run_together(int helpers, void (*work)(void*), void* data);
+}  // namespace LORIKEET_INSTRUCTIONS
 
 // Calls body(first, end) for disjoint pieces that cover [0, count), at most `piece` long, on up to `threads` threads.
 template <class Body>

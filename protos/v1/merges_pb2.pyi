@@ -126,7 +126,7 @@ class MergeAdapterRequest(_message.Message):
     """to is what the model is written as. Unspecified: 16 bit."""
     calibration: _builtins.str
     """calibration is text for the 4-bit targets but NF4, at least 2,048 tokens, best of what the adapters were trained
-    on.
+    on. Empty: what their folders carried as calibration.txt when they were loaded (at most 1 MiB of UTF-8).
     """
     iterations: _builtins.int
     """iterations of autoround and gptq, 1 to 1000. 0: 20."""

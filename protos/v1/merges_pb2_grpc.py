@@ -28,8 +28,9 @@ if _version_not_supported:
 
 class MergeServiceStub:
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
     GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
     CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of
@@ -78,8 +79,9 @@ class MergeServiceStub:
 
 class MergeServiceServicer:
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
     GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
     CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of
@@ -138,8 +140,9 @@ def add_MergeServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class MergeService:
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
     GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
     CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of

@@ -29,8 +29,9 @@ GRPC_VERSION: str
 
 class MergeServiceStub:
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
       GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
       CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of
@@ -74,8 +75,9 @@ class MergeServiceStub:
 @_typing.type_check_only
 class MergeServiceAsyncStub(MergeServiceStub):
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
       GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
       CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of
@@ -115,8 +117,9 @@ class MergeServiceAsyncStub(MergeServiceStub):
 
 class MergeServiceServicer(metaclass=_abc_1.ABCMeta):
     """MergeService writes the base with adapters merged into it as one model, below the server's `--merge-dir`, while the
-    server goes on serving: each merge is a process of the lowest priority. It takes long, so MergeAdapter answers with a
-    google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too, follows it:
+    server goes on serving: each merge is a process of low priority (`--merge-priority`). It takes long, so MergeAdapter
+    answers with a google.longrunning.Operation at once, and google.longrunning.Operations, which this server has too,
+    follows it:
       GetOperation, ListOperations (name "operations"), WaitOperation (until it is done, 5 minutes at most),
       CancelOperation, DeleteOperation (of one that is done).
     Its metadata is a MergeProgress, its response a MergeReport. Operations are known to clients that may manage all of

@@ -1,20 +1,63 @@
 """From logits to one drawn token per row: temperature, top-k, top-p, min-p and the draw itself, all rows at once.
 
-Pure tensor functions for the sampler. Nothing here waits for the device.
+Pure tensor functions for the sampler on a device, and what `host_draws.py` is tested against. Nothing here waits for
+the device.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .largest import largest_columns, largest_values, nucleus_candidates
+from .largest import largest_columns
+from .sampling_params import SamplingParams
 from .upload import upload
 
 # Rows are drawn from in two stages: which run of this many tokens, then which token in it.
 _RUN = 256
+
+
+def draw_on_device(
+    logits: Tensor, params: Sequence[SamplingParams], inverse: Sequence[float], numbers: Sequence[float]
+) -> Tensor:
+    """Draw one token per row, each by its own parameters: int64 [n].
+
+    Args:
+        logits: float32 [n, vocab].
+        params: of each row, not greedy.
+        inverse: temperatures, finite.
+        numbers: in [0, 1).
+
+    A row that holds NaN gives some token of the vocabulary.
+    """
+    device, vocab = logits.device, logits.shape[-1]
+    scaled = scale(logits, upload(inverse, torch.float32, device))
+    # min_p is a share of the largest probability, which is exp(0) here.
+    threshold = upload([p.min_p for p in params], torch.float32, device).log_()
+    by_top_k = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
+    if by_top_k:
+        top_k, top_p = [params[row].top_k for row in by_top_k], [params[row].top_p for row in by_top_k]
+        _raise(threshold, by_top_k, top_k_threshold(some_rows(scaled, by_top_k), top_k, top_p))
+    by_top_p = [row for row, p in enumerate(params) if not 0 < p.top_k < vocab and p.top_p < 1.0]
+    if by_top_p:
+        top_p = [params[row].top_p for row in by_top_p]
+        _raise(threshold, by_top_p, top_p_threshold(some_rows(scaled, by_top_p), top_p))
+    is_cut = bool(by_top_k or by_top_p or any(p.min_p for p in params))
+    return draw(scaled, threshold if is_cut else None, upload(numbers, torch.float64, device))
+
+
+def _raise(threshold: Tensor, rows: list[int], least: Tensor) -> None:
+    """Raise the thresholds of `rows` to what another filter keeps at least."""
+    at = upload(rows, torch.int64, threshold.device)
+    threshold[at] = torch.maximum(threshold[at], least)
+
+
+def some_rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows: a copy, or the tensor itself when that is all of them."""
+    if len(rows) == tensor.shape[0]:
+        return tensor
+    return tensor.index_select(0, upload(rows, torch.int64, tensor.device))
 
 
 def scale(logits: Tensor, inverse_temperature: Tensor) -> Tensor:
@@ -29,18 +72,17 @@ def scale(logits: Tensor, inverse_temperature: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).mul_(inverse_temperature.unsqueeze(-1))
 
 
-def nucleus_threshold(descending: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | None = None) -> Tensor:
+def nucleus_threshold(descending: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The smallest scaled logit that top-k and then top-p (of what top-k leaves) keep: float32 [n].
 
     Args:
         descending: the largest scaled logits of each row in descending order, float32 [n, m], first column 0.
         top_k: int64 [n], 1 to m.
         top_p: float32 [n], in (0, 1].
-        total: float32 [n], weight of what top_p is a share of; None: of the first top_k columns.
     """
     weights = descending.exp()
     mass = weights.cumsum(-1)
-    whole = mass.gather(-1, top_k.unsqueeze(-1) - 1) if total is None else total.unsqueeze(-1)
+    whole = mass.gather(-1, top_k.unsqueeze(-1) - 1)
     # A token is kept while the mass before it is short of top_p; the first one always is.
     in_nucleus = (mass - weights < whole * top_p.unsqueeze(-1)) | (top_p.unsqueeze(-1) >= 1.0)
     kept = in_nucleus & (torch.arange(descending.shape[-1], device=descending.device) < top_k.unsqueeze(-1))
@@ -55,10 +97,7 @@ def top_k_threshold(scaled: Tensor, top_k: Sequence[int], top_p: Sequence[float]
         top_k: of each row, 1 to vocab.
         top_p: of each row, in (0, 1].
     """
-    if scaled.is_cpu:
-        descending = _padded([largest_values(row, k) for row, k in zip(scaled.numpy(), top_k, strict=True)])
-    else:
-        descending = scaled.topk(max(top_k), -1).values
+    descending = scaled.topk(max(top_k), -1).values
     device = scaled.device
     return nucleus_threshold(descending, upload(top_k, torch.int64, device), upload(top_p, torch.float32, device))
 
@@ -70,16 +109,10 @@ def top_p_threshold(scaled: Tensor, top_p: Sequence[float]) -> Tensor:
         scaled: float32 [n, vocab], from `scale`.
         top_p: of each row, below 1.
     """
-    if scaled.is_cpu:
-        weights = scaled.exp()
-        sums = weights.sum(-1, dtype=torch.float64)
-        rows = zip(scaled.numpy(), weights.numpy(), sums.tolist(), top_p, strict=True)
-        descending, total = _padded([nucleus_candidates(*row) for row in rows]), sums.float()
-    else:
-        descending, total = scaled.sort(-1, descending=True).values, None
+    descending = scaled.sort(-1, descending=True).values
     device = scaled.device
     columns = torch.full(descending.shape[:1], descending.shape[1], dtype=torch.int64, device=device)
-    return nucleus_threshold(descending, columns, upload(top_p, torch.float32, device), total)
+    return nucleus_threshold(descending, columns, upload(top_p, torch.float32, device))
 
 
 def likeliest(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -89,14 +122,6 @@ def likeliest(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return values, columns
     columns = torch.from_numpy(np.stack([largest_columns(row, count) for row in log_probabilities.numpy()]))
     return log_probabilities.gather(-1, columns), columns
-
-
-def _padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:
-    """The rows, filled up to one length with what has no weight."""
-    padded = np.full((len(rows), max(1, *map(len, rows))), -np.inf, np.float32)
-    for values, row in zip(rows, padded, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(padded)
 
 
 def draw(scaled: Tensor, threshold: Tensor | None, uniform: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distribution import draw, likeliest, scale, top_k_threshold, top_p_threshold
+from .distribution import draw_on_device, likeliest, some_rows
+from .host_draws import HostDraws
 from .random_draws import uniform
 from .request import Request, TokenLogprob
 from .token_counts import TokenCounts
@@ -29,7 +30,6 @@ from .upload import upload
 from .winners import Winners
 
 _NOT_FINITE = -1  # in place of a token id, on its way to the host
-_CPU_ROWS = 4  # drawn at a time on a CPU: their weights stay in the cache from one step to the next
 _MOST_INVERSE_TEMPERATURE = 1e38  # float32; below 1e-38 a temperature is zero for every pair of distinct logits
 
 
@@ -51,6 +51,7 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._winners = Winners()
         self._winners_of_edited = Winners()  # found while those of the whole step are still needed
+        self._host_draws = HostDraws()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
@@ -69,7 +70,7 @@ class Sampler:
             return self._fetch()
         special = [row for row in other if not requests[row].params.greedy or self._is_edited(requests[row])]
         if special:
-            chosen = self._choose(_rows(logits, special), [requests[row] for row in special])
+            chosen = self._choose(some_rows(logits, special), [requests[row] for row in special])
             tokens.index_copy_(0, upload(special, torch.int64, logits.device), chosen)
         reporting = [row for row in other if requests[row].params.logprobs is not None]
         if not reporting:
@@ -99,12 +100,20 @@ class Sampler:
         self._mask_ends(logits, requests)
         sampled = [row for row, request in enumerate(requests) if not request.params.greedy]
         if len(sampled) == len(requests):
-            return _draw(logits, requests)
+            return self._draw(logits, requests)
         tokens = self._winners_of_edited.find(logits)[1]
         if sampled:
-            drawn = _draw(_rows(logits, sampled), [requests[row] for row in sampled])
+            drawn = self._draw(some_rows(logits, sampled), [requests[row] for row in sampled])
             tokens.index_copy_(0, upload(sampled, torch.int64, logits.device), drawn)
         return tokens
+
+    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Draw from each row's distribution: int64 [n]."""
+        params = [request.params for request in requests]
+        inverse = [min(1.0 / p.temperature, _MOST_INVERSE_TEMPERATURE) for p in params]
+        numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
+        draw_rows = self._host_draws.draw if logits.is_cpu else draw_on_device
+        return draw_rows(logits, params, inverse, numbers)
 
     def _penalize(self, logits: Tensor, requests: Sequence[Request]) -> None:
         rows = [row for row, request in enumerate(requests) if request.params.has_penalties]
@@ -152,7 +161,7 @@ class Sampler:
     ) -> list[SampledToken | None]:
         wanted = [requests[row].params.logprobs or 0 for row in rows]
         num_top = min(max(wanted), logits.shape[-1])
-        raw = _rows(logits, rows).log_softmax(-1)
+        raw = some_rows(logits, rows).log_softmax(-1)
         chosen = tokens[upload(rows, torch.int64, logits.device)].clamp(min=0)
         top_logprobs, top_ids = likeliest(raw, num_top)
         # One copy to the host: token ids as int32, log probabilities as the bits of float32.
@@ -187,47 +196,6 @@ def _update_counts(request: Request) -> TokenCounts:
         request.token_counts = TokenCounts(request.prompt_token_ids)
     request.token_counts.update(request.output_token_ids)
     return request.token_counts
-
-
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Draw from each row's distribution: int64 [n]."""
-    if not logits.is_cpu or len(requests) <= _CPU_ROWS:
-        return _draw_rows(logits, requests)
-    parts = [slice(i, i + _CPU_ROWS) for i in range(0, len(requests), _CPU_ROWS)]
-    return torch.cat([_draw_rows(logits[part], requests[part]) for part in parts])
-
-
-def _draw_rows(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    device, vocab = logits.device, logits.shape[-1]
-    params = [request.params for request in requests]
-    inverse = [min(1.0 / p.temperature, _MOST_INVERSE_TEMPERATURE) for p in params]
-    scaled = scale(logits, upload(inverse, torch.float32, device))
-    # min_p is a share of the largest probability, which is exp(0) here.
-    threshold = upload([p.min_p for p in params], torch.float32, device).log_()
-    by_top_k = [row for row, p in enumerate(params) if 0 < p.top_k < vocab]
-    if by_top_k:
-        top_k, top_p = [params[row].top_k for row in by_top_k], [params[row].top_p for row in by_top_k]
-        _raise(threshold, by_top_k, top_k_threshold(_rows(scaled, by_top_k), top_k, top_p))
-    by_top_p = [row for row, p in enumerate(params) if not 0 < p.top_k < vocab and p.top_p < 1.0]
-    if by_top_p:
-        top_p = [params[row].top_p for row in by_top_p]
-        _raise(threshold, by_top_p, top_p_threshold(_rows(scaled, by_top_p), top_p))
-    numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
-    is_cut = bool(by_top_k or by_top_p or any(p.min_p for p in params))
-    return draw(scaled, threshold if is_cut else None, upload(numbers, torch.float64, device))
-
-
-def _raise(threshold: Tensor, rows: list[int], least: Tensor) -> None:
-    """Raise the thresholds of `rows` to what another filter keeps at least."""
-    at = upload(rows, torch.int64, threshold.device)
-    threshold[at] = torch.maximum(threshold[at], least)
-
-
-def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows: a copy, or the tensor itself when that is all of them."""
-    if len(rows) == tensor.shape[0]:
-        return tensor
-    return tensor.index_select(0, upload(rows, torch.int64, tensor.device))
 
 
 def _sampled(token: int, logprob: TokenLogprob | None) -> SampledToken | None:

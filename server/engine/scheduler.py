@@ -40,6 +40,7 @@ from ...adapters.errors import ServingError
 from ..errors import PromptTooLongError
 from .adapter_port import AdapterPort
 from .block_manager import BlockManager, IntegrityError
+from .chunk_budget import ChunkBudget
 from .fair_share import INPUT_TOKEN, OUTPUT_TOKEN, FairShare
 from .lanes import Lane
 from .limits import LimitsOf, unlimited
@@ -105,6 +106,8 @@ class Scheduler:
             seconds after which the oldest request of all goes first.
         watermark: share of the blocks to leave for the growth of running requests when another one is admitted.
         max_adapter_tries: vain `try_activate` calls per step.
+        max_slowdown: how many times as long as without them a step of decodes may take with tokens of prompts beside
+            them, above 1; 0: any. See `chunk_budget.py`.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Scheduler:
         max_wait_s: float = 30.0,
         watermark: float = 0.01,
         max_adapter_tries: int = 32,
+        max_slowdown: float = 0.0,
     ) -> None:
         if not 1 <= max_running <= token_budget:
             raise ValueError(f"max_running ({max_running}) must be 1 to token_budget ({token_budget})")
@@ -130,6 +134,7 @@ class Scheduler:
         self._waiting = WaitingLanes(starvation_bound_s, max_adapter_tries, self._shares)
         self._max_running = max_running
         self._token_budget = token_budget
+        self._chunks = ChunkBudget(max_slowdown, token_budget)
         self._spare = round(watermark * blocks.num_blocks)
         self._reserved: Request | None = None
         self._orders = itertools.count()
@@ -179,7 +184,7 @@ class Scheduler:
         """Plan the next step at `time.monotonic()` second `now`. Running it is not recorded until `complete`."""
         plan = Plan(ScheduledStep([]))
         items = self._decodes(plan)
-        budget = self._token_budget - len(items)
+        budget = min(self._token_budget - len(items), self._chunks.allow(len(items)))
         for request in self.running:
             if budget and not _is_decode(request):
                 budget -= self._take(request, budget, items)
@@ -199,6 +204,11 @@ class Scheduler:
             request.num_computed_tokens = stop = start + item.num_tokens
             if stop // size > start // size:  # a block is full
                 self.blocks.commit(request)
+
+    def measured(self, step: ScheduledStep, seconds: float) -> None:
+        """Record what the step took."""
+        decodes = sum(item.num_tokens == 1 for item in step.requests)
+        self._chunks.record(decodes, step.num_tokens - decodes, seconds)
 
     def remove(self, request: Request) -> None:
         """Take back everything a request that has ended holds. Nothing happens the second time."""

@@ -186,6 +186,7 @@ class StepLoop:
         self._scheduler.complete(step)
         now = self._clock()
         self._num_steps += 1
+        self._scheduler.measured(step, now - started)
         adaptations = {item.request.slot: item.request.adapter for item in step.requests}
         num_adapters = len({version for each in adaptations.values() if each is not None for version in each.versions})
         self._observer.on_step(now - started, step.num_tokens, len(step.requests), num_adapters)

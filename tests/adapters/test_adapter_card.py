@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from lorikeet.adapters.card import CARD_FILE, HASH_KEY, MAX_FRONT_MATTER_BYTES, AdapterCard, parse_card, read_card
+from lorikeet.adapters.card import CARD_FILE, HASH_KEY, MAX_CARD_BYTES, AdapterCard, parse_card, read_card
 
 HASH = hashlib.sha256(b"a base").hexdigest()
 
@@ -65,8 +65,8 @@ def test_card_without_a_hash_says_nothing(data):
         (b"---\n" + b"x: 1\n", "does not end"),
         (b"---\nx: \xff\n---\n", "UTF-8"),
         (b"---\nx: \x00\xfe\n---\n", "UTF-8"),
-        (b"---\n" + b"a" * 10 * MAX_FRONT_MATTER_BYTES, "does not end"),
-        (b"---\n" + b"- x\n" * MAX_FRONT_MATTER_BYTES + b"---\n", "does not end"),
+        (b"---\n" + b"a" * 10 * MAX_CARD_BYTES, "does not end"),
+        (b"---\n" + b"- x\n" * MAX_CARD_BYTES + b"---\n", "does not end"),
     ],
 )
 def test_malformed_card_is_a_warning(data, words):
@@ -80,7 +80,7 @@ def test_yaml_bomb_costs_nothing():
     merges = [f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}" for i in range(1, 40)]
     deep = "x: " + "[" * 20_000
     data = card("a0: &a0 [lol]", *levels, "m0: &m0 {x: 1}", *merges, deep, f"{HASH_KEY}: {HASH}")
-    assert len(data) < MAX_FRONT_MATTER_BYTES
+    assert len(data) < MAX_CARD_BYTES
     assert parse_card(data) == AdapterCard(HASH)
 
 
@@ -94,10 +94,12 @@ def test_any_bytes_are_a_card_or_none(tail):
 def test_card_is_read_from_the_folder(tmp_path):
     assert read_card(tmp_path) == AdapterCard()
     (tmp_path / CARD_FILE).write_bytes(card(f"{HASH_KEY}: {HASH}") + b"text\n" * 10**6)
-    assert read_card(tmp_path, [tmp_path]) == AdapterCard(HASH)
+    found = read_card(tmp_path, [tmp_path])
+    assert found == AdapterCard(HASH)
+    assert found.text.startswith("---\n") and len(found.text) == MAX_CARD_BYTES
 
 
-def test_huge_card_is_read_no_further_than_its_front_matter_may_be(tmp_path):
+def test_huge_card_is_read_no_further_than_the_limit(tmp_path):
     with (tmp_path / CARD_FILE).open("wb") as file:
         file.write(b"---\n")
         file.truncate(2**40)  # sparse: reading it whole would take a terabyte

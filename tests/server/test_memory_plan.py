@@ -10,7 +10,7 @@ from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.server.config import GIB, MIB, ServerConfig
 from lorikeet.server.engine.step_graphs import bucket_sizes
 from lorikeet.server.errors import ConfigError
-from lorikeet.server.memory_plan import MemorySettings, ModelSize, demands, plan_kv_cache
+from lorikeet.server.memory_plan import FreeMemory, MemorySettings, ModelSize, demands, plan_kv_cache
 from lorikeet.server.resolve import resolve_kv_blocks
 
 # Llama-3-8B: 32 layers of 8 KV heads of 128.
@@ -24,6 +24,10 @@ LLAMA = ModelSize(
     itemsize=2,
     kv_block_bytes=2 * 32 * 8 * 128 * 16 * 2,
 )
+
+
+def device(free: int) -> FreeMemory:
+    return FreeMemory(free, "The device")
 
 
 def settings(**changes) -> MemorySettings:
@@ -45,20 +49,20 @@ def rest(of: MemorySettings) -> int:
 
 def test_auto_takes_workspace_and_graphs_into_account():
     free = 70 * GIB
-    planned = plan_kv_cache(LLAMA, settings(), free)
+    planned = plan_kv_cache(LLAMA, settings(), device(free))
     assert planned == int(0.9 * (free - rest(settings())))
     assert rest(settings()) > rest(settings(graph_rows=None)) + 2 * 19 * 8 * MIB
-    assert plan_kv_cache(LLAMA, settings(graph_rows=None), free) > planned
+    assert plan_kv_cache(LLAMA, settings(graph_rows=None), device(free)) > planned
     for larger in ({"step_tokens": 8192}, {"max_running": 256}, {"adapter_device_bytes": GIB}, {"adapter_slots": 9999}):
-        assert plan_kv_cache(LLAMA, settings(**larger), free) < planned, larger
+        assert plan_kv_cache(LLAMA, settings(**larger), device(free)) < planned, larger
 
 
 def test_given_cache_is_taken_as_it_is_where_it_fits():
     given = settings(kv_cache_bytes=10 * GIB)
     exactly = rest(given) + 10 * GIB
-    assert plan_kv_cache(LLAMA, given, exactly) == 10 * GIB
+    assert plan_kv_cache(LLAMA, given, device(exactly)) == 10 * GIB
     with pytest.raises(ConfigError):
-        plan_kv_cache(LLAMA, given, exactly - 1)
+        plan_kv_cache(LLAMA, given, device(exactly - 1))
 
 
 def flags_of(message: str) -> dict[str, str]:
@@ -85,11 +89,14 @@ def test_error_says_what_is_needed_and_free_and_each_advice_is_enough_and_no_mor
         )
         needed = rest(base) + (LLAMA.kv_block_bytes if base.kv_cache_bytes is None else base.kv_cache_bytes)
         missing = rng.choice([1, 100 * MIB, 2 * GIB, 9 * GIB])
-        free = max(0, needed - missing)
+        free = device(max(0, needed - missing))
         with pytest.raises(ConfigError) as caught:
             plan_kv_cache(LLAMA, base, free)
         message = caught.value.message
-        assert f"{free / GIB:.2f} GiB free" in message and f"{needed / GIB:.2f} GiB are needed" in message
+        assert (
+            f"The device has {free.nbytes / GIB:.2f} GiB free" in message
+            and f"{needed / GIB:.2f} GiB are needed" in message
+        )
         advice = flags_of(message)
         seen |= advice.keys()
         for name, value in advice.items():
@@ -122,14 +129,16 @@ def fake_base(device: str) -> SimpleNamespace:
 
 
 def test_blocks_on_a_cpu_and_on_cuda():
-    assert resolve_kv_blocks(ServerConfig(), fake_base("cpu"), 4096, 0) == 512 * MIB // 16000
-    assert resolve_kv_blocks(ServerConfig(kv_cache_bytes="1MiB"), fake_base("cpu"), 4096, 0) == MIB // 16000
-    for device in ("cpu", "cuda:0"):
+    plenty = device(8 * GIB)
+    for free in (plenty, None):
+        assert resolve_kv_blocks(ServerConfig(), fake_base("cpu"), 4096, free) == 512 * MIB // 16000
+        assert resolve_kv_blocks(ServerConfig(kv_cache_bytes="1MiB"), fake_base("cpu"), 4096, free) == MIB // 16000
+    for name in ("cpu", "cuda:0"):
         with pytest.raises(ConfigError, match=r"one block of 16 tokens needs 16000\. Raise --kv-cache-bytes"):
-            resolve_kv_blocks(ServerConfig(kv_cache_bytes=15999), fake_base(device), 4096, 8 * GIB)
+            resolve_kv_blocks(ServerConfig(kv_cache_bytes=15999), fake_base(name), 4096, plenty)
     cuda = fake_base("cuda:0")
-    assert resolve_kv_blocks(ServerConfig(kv_cache_bytes="1GiB"), cuda, 4096, 8 * GIB) == GIB // 16000
-    with_graphs = resolve_kv_blocks(ServerConfig(), cuda, 4096, 8 * GIB)
-    assert 5 * GIB // 16000 < with_graphs < resolve_kv_blocks(ServerConfig(cuda_graphs=False), cuda, 4096, 8 * GIB)
+    assert resolve_kv_blocks(ServerConfig(kv_cache_bytes="1GiB"), cuda, 4096, plenty) == GIB // 16000
+    with_graphs = resolve_kv_blocks(ServerConfig(), cuda, 4096, plenty)
+    assert 5 * GIB // 16000 < with_graphs < resolve_kv_blocks(ServerConfig(cuda_graphs=False), cuda, 4096, plenty)
     with pytest.raises(ConfigError, match=r"0\.50 GiB free .* missing\. Lower one of: .*--no-cuda-graphs|together"):
-        resolve_kv_blocks(ServerConfig(), cuda, 4096, GIB // 2)
+        resolve_kv_blocks(ServerConfig(), cuda, 4096, device(GIB // 2))

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -135,6 +138,17 @@ def test_a_cancelled_one_ends_at_once_and_leaves_nothing_beside_its_output(
     with pytest.raises(ProcessLookupError):
         os.kill(int(number.read_text()), 0)
     assert [path.name for path in staging.iterdir()] == ["out"]
+
+
+def test_it_ends_when_who_started_it_was_killed() -> None:
+    with tempfile.TemporaryFile() as given:
+        given.write(b"{}")
+        given.seek(0)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", merge_autoround.__name__, str(given.fileno())],
+            pass_fds=[given.fileno()], stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize(("named", "dtype"), [("float16", torch.float16), ("float32", torch.bfloat16)])

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from google.longrunning import operations_pb2 as lro
 from google.longrunning.operations_pb2_grpc import OperationsStub
+from lorikeet.adapters.carried_text import CARRIED_FILE
 from lorikeet.adapters.info import AliasInfo, AliasTarget
 from lorikeet.adapters.merge.errors import MergeDiskError
 from lorikeet.adapters.merge.staging import staged
@@ -140,6 +141,25 @@ async def test_what_is_not_there_or_in_the_way_is_said_at_once(merges, tmp_path)
         merges.go.set()
         one = progress_of(await calls.start("one"))
     assert [a.version for a in one.adapters] == [OLD_KJV.digest]
+    assert manager.held == []
+
+
+async def test_what_an_adapter_carries_is_calibrated_on_unless_text_is_given(merges):
+    manager = FakeManager()
+    copy = manager.copy_files
+    async with stubs(merges, manager) as calls:
+        error = await error_of(calls.start(to=pb.MERGE_TARGET_AWQ))
+        assert error.metadata["field"] == "calibration" and CARRIED_FILE in error.message
+
+        def carry(version, target):
+            copy(version, target)
+            (target / CARRIED_FILE).write_text("carried")
+
+        manager.copy_files = carry
+        merges.go.set()
+        await calls.ended((await calls.start(to=pb.MERGE_TARGET_AWQ)).name)
+        await calls.ended((await calls.start(to=pb.MERGE_TARGET_GPTQ, output="b", calibration="given")).name)
+    assert [command.has_calibration for command in merges.commands] == [False, True]
     assert manager.held == []
 
 

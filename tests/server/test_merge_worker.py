@@ -106,6 +106,7 @@ def test_what_cannot_be_merged_is_refused_in_the_client_s_words(command, monkeyp
 
     said = refusal(dataclasses.replace(command, texts=("few words",)))
     assert (said["code"], said["reason"]) == ("INVALID_ARGUMENT", "TEXT_TOO_SHORT")
+    assert said["metadata"]["field"] == "texts"
 
     card = command.adapters[0] / "README.md"
     card.write_text(f"---\nbase_model_sha256: {'ab' * 32}\n---\n")
@@ -166,7 +167,11 @@ def test_fields_stand_for_flags_in_messages(command):
 
 @pytest.mark.parametrize(
     ("priority", "found"),
-    [("idle", (os.SCHED_IDLE, 19)), ("low", (os.SCHED_OTHER, 19)), ("normal", (os.SCHED_OTHER, os.nice(0)))],
+    [
+        ("idle", (os.SCHED_IDLE, 19)),
+        ("low", (os.SCHED_OTHER, 19)),
+        ("normal", (os.SCHED_OTHER, os.nice(0))),
+    ],
     ids=["idle", "low", "normal"],
 )
 def test_it_leaves_the_cores_to_others(priority, found):

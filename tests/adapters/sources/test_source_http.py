@@ -4,6 +4,7 @@ import random
 
 import pytest
 import structlog
+from lorikeet.adapters.carried_text import CARRIED_FILE
 from lorikeet.adapters.errors import (
     AdapterInvalidError,
     AdapterMemoryError,
@@ -36,7 +37,8 @@ def test_files_arrive_byte_for_byte(server, fetch, files):
     files |= {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
     server.serve("/team/a", files | {"optimizer.pt": b"never asked for"})
     assert fetch(f"{server.url}/team/a/") == files
-    assert server.paths("GET") == [f"/team/a/{name}" for name in (CONFIG, WEIGHTS, GOLDEN, CARD, *TOKENIZER_FILES)]
+    names = (CONFIG, WEIGHTS, GOLDEN, CARD, *TOKENIZER_FILES, CARRIED_FILE)
+    assert server.paths("GET") == [f"/team/a/{name}" for name in names]
     assert set(server.paths("HEAD")) <= set(server.paths("GET"))
 
 
@@ -49,6 +51,14 @@ def test_optional_file_that_may_not_be_read_is_left_out(server, fetch, small_fil
     server.serve("/a", small_files)
     server.routes[f"/a/{GOLDEN}"] = servers.status(403)
     assert fetch(f"{server.url}/a") == small_files
+
+
+def test_calibration_text_comes_along_unless_it_is_too_large_or_cannot_be_fetched(server, fetch, small_files):
+    server.serve("/a", small_files | {CARRIED_FILE: b"text"})
+    assert fetch(f"{server.url}/a") == small_files | {CARRIED_FILE: b"text"}
+    for route in (servers.endless(), servers.status(503)):
+        server.routes[f"/a/{CARRIED_FILE}"] = route
+        assert fetch(f"{server.url}/a", max_bytes=2**40) == small_files
 
 
 def test_chunked_body_without_a_length(server, fetch, small_files):
