@@ -2,12 +2,8 @@
 
 import threading
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from lorikeet.kernels.nf4 import nf4_rows
-from lorikeet.kernels.nf4_quantize import quantize_nf4
-from lorikeet.kernels.nf4_weight import BLOCK, NF4Weight
 from lorikeet.server.base import weights
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.base.model import BaseModel
@@ -98,24 +94,3 @@ def test_several_threads_may_ask_at_once(pair: tuple[BaseModel, nn.Module]) -> N
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 96), (5, 6), (31, 65), (32, 64), (90, 96)])
-def test_rows_of_a_weight_that_was_repacked_for_the_cpu_kernel(start: int, stop: int) -> None:
-    """The kernel multiplies by constants rounded to bf16; codes are the same."""
-    n, k = 96, 192
-    codes, nested = quantize_nf4(torch.randn(n, k).bfloat16())
-    absmax = nested.values()
-    rounded = NF4Weight(codes, absmax.bfloat16().float(), n, k)
-    state = bnb.QuantState(
-        absmax=absmax,
-        shape=torch.Size((n, k)),
-        code=bnb.get_4bit_type("nf4", device="cpu"),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=torch.bfloat16,
-    )
-    packed, state = bnb._convert_weight_packed_for_cpu(codes, state)
-    repacked = NF4Weight(packed, torch.empty(0), n, k, state)
-    assert torch.equal(nf4_rows(repacked, start, stop), rounded.dequantize(torch.float32)[start:stop])
-    assert torch.equal(nf4_rows(rounded, start, stop), rounded.dequantize(torch.float32)[start:stop])
