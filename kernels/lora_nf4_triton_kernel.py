@@ -12,7 +12,8 @@ from .overlap_triton import begin, wait
 
 # A tile's counter: programs of the matmul that have arrived, in these units; below, whether all of h is there.
 _ARRIVED = tl.constexpr(1 << 16)
-# Looks at the counter before h is given up, some seconds. A mistake must not hang a GPU that others wait for.
+# Looks at the counter, some seconds, before the program ends with an error of the device. That would be a bug of ours,
+# which must neither hang a GPU that others wait for nor leave counters behind that later launches would misread.
 _PATIENCE = tl.constexpr(1 << 23)
 
 
@@ -225,6 +226,8 @@ def lora_gemm_kernel(
     while (seen % _ARRIVED == 0) & (looks < _PATIENCE):
         seen = tl.atomic_add(arrivals_ptr + tile, 0, sem="acq_rel", scope="gpu")
         looks += 1
+    if PTX and seen % _ARRIVED == 0:
+        tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.store(arrivals_ptr + tile, 0)
     if NUM_SPLITS > 1:
         acc = add_parts(parts_ptrs, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS)
@@ -250,8 +253,6 @@ def lora_gemm_kernel(
         within = more.to(tl.int64)[:, None] * width + slice_columns[None, :]
         b = _load_b(arena_ptr + (blocks + b_blocks)[:, None, None] + within[None, :, :], h_mask[:, :, None])
         delta += tl.sum(h.to(DTYPE).to(tl.float32)[:, :, None] * b.to(tl.float32), axis=1)
-    if seen % _ARRIVED == 0:
-        delta = tl.full((LORA_ROWS, TILE_COLUMNS), float("nan"), tl.float32)  # noticed by whoever samples from it
     for r in tl.static_range(LORA_ROWS):
         row_delta = tl.sum(tl.where((lora_rows == r)[:, None], delta, 0.0), axis=0)
         row_adapted = tl.max(tl.where(lora_rows == r, is_adapted.to(tl.int32), 0), axis=0) > 0
