@@ -82,11 +82,14 @@ class LorikeetSide:
         for name in sorted({name for each in adapted or () for name in ([each] if isinstance(each, str) else each)}):
             if name:  # else the first requests may be done before the last one's adapter has come
                 self._app.manager.prefetch(name, Tier.DEVICE)
-        self._clock.clear()
-        start, cpu = time.perf_counter(), time.process_time()
+        requests = []
         for i, (prompt, inbox) in enumerate(zip(prompts, events, strict=True)):
             adaptation = self._adaptation("" if adapted is None else adapted[i])
-            self._app.engine.submit(Request(f"run-{self._runs}-{i}", prompt, params, adaptation, inbox.put))
+            requests.append(Request(f"run-{self._runs}-{i}", prompt, params, adaptation, inbox.put))
+        self._clock.clear()
+        start, cpu = time.perf_counter(), time.process_time()
+        for request in requests:
+            self._app.engine.submit(request)
         tokens = [_collect(inbox) for inbox in events]
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
         return Run(

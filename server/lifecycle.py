@@ -141,10 +141,11 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
             )
         )
         await _first_of(signals.first, died)
+        # New calls get DRAINING from the engine while those in flight go on: whoever hears NOT_SERVING can rely on it.
+        app.engine.refuse_more()
         await server.stop_serving()
         merges.stop()
         if not died.is_set():
-            # New calls get DRAINING from the engine while those in flight go on.
             drain = loop.run_in_executor(None, app.engine.drain, config.drain_timeout_s)
             second = asyncio.ensure_future(_first_of(signals.second, died))
             await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)

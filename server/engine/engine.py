@@ -120,13 +120,17 @@ class Engine:
         """The scheduler's `limits_of` returns something else from now on."""
         self._inbox.limits_changed()
 
+    def refuse_more(self) -> None:
+        """Accept nothing more, from now on; what is in flight goes on."""
+        self._inbox.enter(EngineState.DRAINING)
+
     def drain(self, deadline_s: float) -> None:
         """Accept nothing more and return when everything in flight has ended.
 
         What has not ended after `deadline_s` seconds fails with DrainingError. Blocks; not for the step thread.
         """
         self._inbox.drain_deadline = self._clock() + deadline_s
-        self._inbox.enter(EngineState.DRAINING)
+        self.refuse_more()
         self._inbox.wait_until_quiet(deadline_s + _DRAIN_GRACE_S)
 
     def stop(self) -> None:

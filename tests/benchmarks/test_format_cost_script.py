@@ -8,7 +8,7 @@ import pytest
 from .scripts import run_script
 
 pytest.importorskip("peft")
-SIZE = ("--streams", "6", "--prompt", "5", "--tokens", "8", "--adapters", "2", "--rounds", "1", "--threads", "1")
+SIZE = ("--streams", "6", "--prompt", "5", "--tokens", "24", "--adapters", "2", "--rounds", "1", "--threads", "1")
 NAMES = (
     "rsLoRA",
     "DoRA",
@@ -43,7 +43,7 @@ def test_result_holds_every_round_of_every_side(finished):
     sides = {s["side"] for s in result["series"]}
     assert sides == {*NAMES, "base only", "LoRA", "LoRA of twice the rank"}
     for series in result["series"]:
-        assert [r["output_tokens"] for r in series["rounds"]] == [8 * 6]
+        assert [r["output_tokens"] for r in series["rounds"]] == [24 * 6]
         assert all(r["step_ms"] > 0 for r in series["rounds"])
     ratio = result["ratios"]["DoRA / LoRA, step time"]["6"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]

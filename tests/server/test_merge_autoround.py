@@ -140,13 +140,15 @@ def test_a_cancelled_one_ends_at_once_and_leaves_nothing_beside_its_output(
     assert [path.name for path in staging.iterdir()] == ["out"]
 
 
-def test_it_ends_when_who_started_it_was_killed() -> None:
+def test_it_ends_when_who_started_it_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "auto_round.py").write_text("import time; time.sleep(100)")
     with tempfile.TemporaryFile() as given:
         given.write(b"{}")
         given.seek(0)
         done = subprocess.run(
             [sys.executable, "-P", "-m", merge_autoround.__name__, str(given.fileno())],
-            pass_fds=[given.fileno()], stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+            pass_fds=[given.fileno()], stdin=subprocess.DEVNULL, capture_output=True, timeout=90,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, b"")
 
