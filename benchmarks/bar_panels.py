@@ -1,6 +1,7 @@
 """What a benchmark leaves behind that compares no sides: JSON, and a plot of bars beside each other."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ FLAT_LABELS = 4
 """More groups than that have slanted names, which would overlap."""
 UPRIGHT = 2
 """More bars than that beside each other have upright numbers."""
+LETTERS_AN_INCH = 15
+"""Of a title."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.bars) > 1:
             axes.legend(frameon=False, fontsize=8, ncols=min(len(panel.bars), 4), loc="upper center")
-    figure.suptitle(title, fontsize=9)
+    letters = int(LETTERS_AN_INCH * figure.get_figwidth())
+    lines = (line for paragraph in title.split("\n") for line in textwrap.wrap(paragraph, letters))
+    figure.suptitle("\n".join(lines), fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
