@@ -75,11 +75,11 @@ endef
 # What the C++ kernels are built from.
 NATIVE = $(wildcard kernels/native/*.cpp kernels/native/*.h)
 
-$(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.installed-run: pyproject.toml setup.py constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(call install,demo)
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(call install,dev)
 	@touch $@ $(VENV)/.installed-run
 

@@ -141,8 +141,9 @@ async def serve_until_stopped(app: "App", announce: Callable[[Ready], None]) -> 
             )
         )
         await _first_of(signals.first, died)
-        # New calls get DRAINING from the engine while those in flight go on: whoever hears NOT_SERVING can rely on it.
-        app.engine.refuse_more()
+        if not died.is_set():
+            # New calls get DRAINING while those in flight go on; whoever hears NOT_SERVING can rely on it.
+            app.engine.refuse_more()
         await server.stop_serving()
         merges.stop()
         if not died.is_set():

@@ -36,6 +36,9 @@ class Engine(FakeEngine):
     def start(self):
         self.log.append("start")
 
+    def refuse_more(self):
+        self.log.append("refuse")
+
     def drain(self, deadline_s):
         self.log.append(f"drain {deadline_s:g}")
         if self.submitted:
@@ -127,7 +130,7 @@ async def test_idle_server_ends_with_status_0(app, number):
         kill(number)
 
     assert await run(app, check) == 0
-    assert app.engine.log == ["start", "drain 7", "stop"]
+    assert app.engine.log == ["start", "refuse", "drain 7", "stop"]
 
 
 async def test_health_is_not_serving_while_requests_finish(app):
