@@ -1,6 +1,6 @@
 """Finds the library of C++ kernels that suits this CPU and hands out its functions.
 
-The package's build makes one library for each instruction set (`pyproject.toml`, `ext-modules`). Where there was no C++
+The package's build makes one library for each instruction set (`setup.py`). Where there was no C++
 compiler there is none, and the operators' plain-torch implementations run, several times slower; `library_name` is for
 saying so. LORIKEET_NATIVE_KERNELS names one library (`avx512`, `avx2`, `portable`) or none (`off`), for tests and
 comparisons.

@@ -47,7 +47,7 @@ template <long R, long C>
 [[gnu::noinline]] void multiply(const BF16* const* x, const BF16* const* weight, long width, float* sums) {
     static_assert(R * C == WIDE_LANES, "as many sums as there are lanes");
     Wide total[R * C];
-    // As a loop GCC 12 would make a string instruction of it, which takes as long as a fifth of the products.
+    // As a loop GCC 12 would make a string instruction of it, and keep the sums in memory.
 #pragma GCC unroll 16
     for (long i = 0; i < R * C; i++) total[i] = Wide{};
     const auto add = [&](const auto& load_at) {
@@ -120,7 +120,7 @@ LORIKEET_EXPORT void lorikeet_pair_linear(
         static_cast<const BF16*>(x), x_stride, static_cast<const BF16*>(weight), weight_stride, bias,
         static_cast<BF16*>(out), num_rows, out_features, in_features};
     const long tiles = num_rows == 0 ? 0 : (out_features + TILE - 1) / TILE;
-    // A product takes a quarter of the time that one of panel.h's takes; what is not in a cache as long as one of a row.
+    // Estimated: a product takes a quarter of the time that one of panel.h's takes, and to read a weight that of four.
     const long piece = std::max(1L, 4 * PIECE / (TILE * in_features * (num_rows + 4)));
     parallel_for(threads, tiles, piece, [&](long first, long end) { linear.run(first, end); });
 }

@@ -105,7 +105,7 @@ LORIKEET_EXPORT void lorikeet_nf4_pair_linear(
         {static_cast<const BF16*>(x), x_stride}, {codes, constants, in_features}, bias, static_cast<BF16*>(out),
         num_rows, out_features};
     const long tiles = num_rows == 0 ? 0 : (out_features + TILE - 1) / TILE;
-    // A product takes a quarter of the time that one of panel.h's takes, and decoding as long as those of two rows.
+    // Estimated: a product takes a quarter of the time that one of panel.h's takes, and decoding that of two rows.
     const long piece = std::max(1L, 4 * PIECE / (TILE * in_features * (num_rows + 2)));
     parallel_for(threads, tiles, piece, [&](long first, long end) { linear.run(decoder, first, end); });
 }

@@ -40,6 +40,11 @@ class ChunkBudget:
         # Weighted sums over steps: tokens of prompts, and the seconds that they added.
         self._tokens, self._seconds = 0.0, 0.0
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is a bound, for which steps have to be recorded."""
+        return self._slowdown != 0
+
     def allow(self, num_decodes: int) -> int:
         """Most tokens of prompts in the next step, beside so many decodes."""
         if not self._slowdown or not num_decodes:

@@ -207,6 +207,8 @@ class Scheduler:
 
     def measured(self, step: ScheduledStep, seconds: float) -> None:
         """Record what the step took."""
+        if not self._chunks.is_bounded:
+            return
         decodes = sum(item.num_tokens == 1 for item in step.requests)
         self._chunks.record(decodes, step.num_tokens - decodes, seconds)
 

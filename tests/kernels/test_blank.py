@@ -1,6 +1,8 @@
 """Blank tensors are zeros, and cost nothing before something is written."""
 
+import errno
 import gc
+import mmap
 import resource
 from pathlib import Path
 
@@ -35,3 +37,13 @@ def test_memory_is_taken_when_it_is_written() -> None:
     tensor[: 2**25] = 1  # 128 MiB
     assert resident() - before > 2**26
     assert not tensor[2**25 : 2**25 + 1000].any()
+
+
+def test_a_system_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, "no huge pages")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    tensor = blank([3, 5], torch.float32, CPU)
+    assert tensor.shape == (3, 5) and not tensor.any()
