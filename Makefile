@@ -108,8 +108,8 @@ soak: $(DEV_READY) ## an hour of random loads, replacements, cancels, faults and
 
 # Without what an environment taken as it is (PY=...) may lack: its pytest may know fewer options than pyproject.toml sets.
 test-gpu: $(DEV_READY) ## the tests that need a CUDA device, in a few minutes; with OUT=DIR also as JSON
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -q -m gpu -o addopts=--import-mode=importlib -rfE --disable-warnings \
-		$(GPU_TEST_OPTIONS) $(GPU_TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(OFFLINE) "$(PY)" -P -m pytest -q -m gpu -o addopts=--import-mode=importlib -p no:logging -rfE \
+		--disable-warnings $(GPU_TEST_OPTIONS) $(GPU_TESTS) $(PYTEST_ARGS)
 
 sanitize-gpu: $(DEV_READY) ## compute-sanitizer over some cases of every kernel test
 	@$(OFFLINE) "$(PY)" -P tests/gpu/sanitize.py $(ARGS)

@@ -18,13 +18,13 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-import structlog
 from tokenizers import Tokenizer
 
 from ..adapters.adapter_tokenizer import AdapterTokenizer, AdapterVocabulary, Detokenization
@@ -41,8 +41,6 @@ LOAD_S: Final = 120.0
 REQUEST_PROCESSES: Final = 2
 # Of all tokenizers that differ from the base's, each counted once, however many adapters share it.
 MAX_KEPT_BYTES: Final = 512 * 2**20
-
-log = structlog.stdlib.get_logger(__name__)
 
 
 class Tokenizers:
@@ -287,9 +285,8 @@ class Tokenizers:
         """Start a process before the first prompt comes."""
         process = self._free.get()
         try:
-            process.start()
-        except LateError:
-            log.warning("tokenizer_process_not_started")
+            with suppress(LateError):  # logged there, or the server ends
+                process.start()
         finally:
             self._free.put(process)
 
