@@ -1,7 +1,7 @@
 """From logits to one drawn token per row: temperature, top-k, top-p, min-p and the draw itself, all rows at once.
 
-Pure tensor functions for the sampler on a device, and what `host_draws.py` is tested against. Nothing here waits for
-the device.
+Pure tensor functions for the sampler on a device, and on a CPU without native kernels; those (`kernels/draw.py`) are
+tested against these. Nothing here waits for the device.
 """
 
 from collections.abc import Sequence

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels import draw
 from .distribution import draw_on_device, likeliest, some_rows
-from .host_draws import HostDraws
 from .random_draws import uniform
 from .request import Request, TokenLogprob
 from .token_counts import TokenCounts
@@ -51,7 +51,6 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._winners = Winners()
         self._winners_of_edited = Winners()  # found while those of the whole step are still needed
-        self._host_draws = HostDraws()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
@@ -112,8 +111,14 @@ class Sampler:
         params = [request.params for request in requests]
         inverse = [min(1.0 / p.temperature, _MOST_INVERSE_TEMPERATURE) for p in params]
         numbers = [uniform(request.seed, len(request.output_token_ids)) for request in requests]
-        draw_rows = self._host_draws.draw if logits.is_cpu else draw_on_device
-        return draw_rows(logits, params, inverse, numbers)
+        if not logits.is_cpu or not draw.is_available():
+            return draw_on_device(logits, params, inverse, numbers)
+        vocab = logits.shape[-1]
+        rows = zip(params, inverse, numbers, strict=True)
+        return draw.draw(
+            logits,
+            [draw.Draw(number, scale, p.top_p, p.min_p, min(p.top_k, vocab)) for p, scale, number in rows],
+        )
 
     def _penalize(self, logits: Tensor, requests: Sequence[Request]) -> None:
         rows = [row for row, request in enumerate(requests) if request.params.has_penalties]
