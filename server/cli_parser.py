@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
@@ -63,7 +64,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="requests with the same key get the same target of an alias with several; up to 256 characters "
         "[a target is drawn for each request]",
     )
-    add("--max-tokens", type=int, metavar="N", help="tokens to generate at most [as the context allows, up to 256]")
+    add(
+        "--max-tokens",
+        type=_whole(31),
+        metavar="N",
+        help="tokens to generate at most [as the context allows, up to 256]",
+    )
     add("--chat", action="store_true", help="the prompt is a user's message, answered through the chat template")
     add("--system", metavar="TEXT", help="system message before the user's; implies --chat")
     add("--json", action="store_true", help="print the whole response as JSON at the end instead of streaming text")
@@ -71,20 +77,33 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
     add("--temperature", type=float, metavar="T", help="0 to 100; 0 is greedy [1]")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 is off [0]")
+    add("--top-k", type=_whole(31), metavar="K", help="keep the K likeliest tokens; 0 is off [0]")
     add("--top-p", type=float, metavar="P", help="nucleus mass, above 0 to 1 [1]")
     add("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one, 0 to 1 [0]")
     add("--repetition-penalty", type=float, metavar="X", help="above 0 to 100; 1 is off [1]")
     add("--presence-penalty", type=float, metavar="X", help="-2 to 2 [0]")
     add("--frequency-penalty", type=float, metavar="X", help="-2 to 2 [0]")
-    add("--seed", type=int, metavar="N", help="makes a sampled output repeatable")
+    add("--seed", type=_whole(64), metavar="N", help="makes a sampled output repeatable")
     stopping = parser.add_argument_group("stopping")
     add = stopping.add_argument
     add("--stop", action="append", metavar="TEXT", help="end the output before this text; may be given more than once")
-    add("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the output at these tokens")
+    add("--stop-token-ids", type=_whole(32), nargs="+", metavar="ID", help="end the output at these tokens")
     add("--include-stop", action="store_true", default=None, help="keep the stop text in the output")
     add("--ignore-eos", action="store_true", default=None, help="go on past the model's end of sequence")
-    add("--min-tokens", type=int, metavar="N", help="no end before this many tokens [0]")
+    add("--min-tokens", type=_whole(31), metavar="N", help="no end before this many tokens [0]")
+
+
+def _whole(bits: int) -> Callable[[str], int]:
+    """Numbers that a field of the request has room for; which of them make sense, the server says."""
+    most = 2**bits - 1
+
+    def number(text: str) -> int:
+        if not 0 <= (value := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 to {most}")
+        return value
+
+    number.__name__ = "whole number"  # argparse names it where the text is no number
+    return number
 
 
 def _seconds(text: str) -> float:

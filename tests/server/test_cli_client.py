@@ -38,6 +38,36 @@ def test_generate_passes_every_option(address, engine, capsys):
     assert capsys.readouterr().out == "Hello world\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "most"),
+    [
+        ("--top-k", "2147483648", 2**31 - 1),
+        ("--max-tokens", "-1", 2**31 - 1),
+        ("--min-tokens", "99999999999", 2**31 - 1),
+        ("--seed", str(2**64), 2**64 - 1),
+        ("--stop-token-ids", "-1", 2**32 - 1),
+    ],
+)
+def test_numbers_that_a_request_has_no_room_for(capsys, option, value, most):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["generate", option, value, "--", "x"])
+    assert caught.value.code == 2
+    assert f"argument {option}: {value} is out of range; give 0 to {most}" in capsys.readouterr().err
+
+
+def test_largest_numbers_are_passed(address, engine):
+    arguments = ["--top-k", str(2**31 - 1), "--seed", str(2**64 - 1)]
+    assert cli.run(["generate", "--address", address, *arguments, "x"]) == 0
+    assert (engine.submitted[0].params.top_k, engine.submitted[0].params.seed) == (2**31 - 1, 2**64 - 1)
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p", "--repetition-penalty"])
+def test_numbers_that_are_none_are_the_servers_to_refuse(address, capsys, option):
+    for value in ("1e40", "nan"):
+        assert cli.run(["generate", "--address", address, option, value, "x"]) == 1
+        assert f"{option[2:].replace('-', '_')} is" in capsys.readouterr().err
+
+
 def test_generate_passes_the_routing_key(address, capsys):
     assert cli.run(["generate", "--address", address, "--adapter", "kjv", "--routing-key", "a\nb", "x"]) == 1
     assert "routing_key has 3 characters" in capsys.readouterr().err
