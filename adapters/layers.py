@@ -2,10 +2,10 @@
 
 In this order: slices whose adapter has its own weight are computed with that; rows are scaled and shifted (DoRA,
 biases); then y += B (A x) for each pass, on a CPU for all passes together. A batch of one pass has it all in two
-launches, of which the first, A x, may run beside the base's matmul where a CUDA graph is captured; of few rows on CUDA
-in none of its own, the matmul does it (`overlap` has the switches). Used on the step thread only. What a step needs is
-prepared once in `LoraBatch`; base rows are never touched, and a batch or a site without adapted rows launches nothing
-at all.
+launches, of which the first, A x, may run beside the base's matmul where a CUDA graph is captured; of few rows on CUDA,
+or of more that share an adapter, in none of its own: the matmul does it (`overlap` has the switches). Used on the step
+thread only. What a step needs is prepared once in `LoraBatch`; base rows are never touched, and a batch or a site
+without adapted rows launches nothing at all.
 """
 
 from typing import cast
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import lora, overlap
-from ..kernels.lora_nf4 import nf4_lora_linear
+from ..kernels.lora_nf4 import is_one_launch, nf4_lora_linear
 from ..kernels.lora_site import LoraSite
 from ..kernels.nf4_weight import NF4Weight
 from .lora_batch import LoraBatch, Pass
@@ -89,8 +89,10 @@ class LoraLinear(nn.Module):
         num_rows = x.numel() // self.site.in_features
         h = None
         is_plain = max_rank > 0 and not has_affine and not self.batch.own.by_module
-        if self._nf4 is not None and is_plain and overlap.lora_runs_in_matmul(num_rows):
-            return self._in_matmul(x, self._nf4, only)
+        if self._nf4 is not None and is_plain and overlap.lora_runs_in_matmul(num_rows, only.has_one_slot):
+            rows_x = x.reshape(-1, self.site.in_features)
+            if is_one_launch(rows_x, self._nf4, self._slice_widths):
+                return self._in_matmul(rows_x, self._nf4, only).view(*x.shape[:-1], self.site.out_features)
         if side is not None and max_rank and overlap.lora_runs_beside(num_rows):
             with side.beside():
                 h = self._shrink(x, only)
@@ -110,14 +112,13 @@ class LoraLinear(nn.Module):
         return y
 
     def _in_matmul(self, x: Tensor, weight: NF4Weight, only: Pass) -> Tensor:
-        """The base's y with low-rank deltas, which are all that the pass does here."""
+        """The base's y [rows, out_features] with low-rank deltas, which are all that the pass does here."""
         bias = cast(Tensor | None, self.base.bias)
         starts, slots, weights = only.sampled if self.site.is_head else only.flat
         tables = (self._arena, self._offsets, self._ranks, starts, slots)
         max_rank = only.max_ranks[self.site.index]
-        rows_x = x.reshape(-1, self.site.in_features)
-        y = nf4_lora_linear(rows_x, weight, bias, *tables, max_rank, self._slice_widths, weights)
-        return y.view(*x.shape[:-1], self.site.out_features)
+        widths = self._slice_widths
+        return nf4_lora_linear(x, weight, bias, *tables, max_rank, widths, weights, only.has_one_slot)
 
     def _affine_(self, y: Tensor, each: Pass) -> None:
         starts, slots, _ = each.sampled if self.site.is_head else each.flat

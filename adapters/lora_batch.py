@@ -94,6 +94,7 @@ class Pass:
     Attributes:
         max_ranks: for each site the largest sum of slice ranks among the pass's slots; 0 = no row adapts it.
         affines: for each site whether one of the slots has an affine there; None: none has one anywhere.
+        has_one_slot: all rows that it adapts have the same device slot.
         flat: segments of the flat batch.
         sampled: of the rows that the head computes; set where the pass changes the head.
     """
@@ -106,6 +107,7 @@ class Pass:
         self._sampled = _StagedSegments(max_segments, store.device)
         self.max_ranks: list[int] = []
         self.affines: list[bool] | None = None
+        self.has_one_slot = False
         self.flat = self._flat.empty
         self.sampled = self._sampled.empty
 
@@ -119,6 +121,7 @@ class Pass:
         slots = set(flat.slots)
         slots.discard(BASE_SLOT)
         self.max_ranks = self._rank_sums[list(slots)].max(axis=0).tolist()
+        self.has_one_slot = len(slots) == 1
         self.affines = None
         if not self._store.affine_slots.isdisjoint(slots):
             self.affines = cast(list[bool], self._has_affine[list(slots)].any(axis=0).tolist())

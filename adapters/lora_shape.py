@@ -1,4 +1,4 @@
-"""What a captured decode step can apply to its rows, as plain data. Imports no torch.
+"""What a captured step can apply to its rows, as plain data. Imports no torch.
 
 A graph has the sizes of its launches baked in, but not the weights: it serves every step whose adapters need no more
 than it was captured for.
@@ -21,12 +21,14 @@ class LoraShape:
         kinds: last names of the adapted sites, such as `qkv_proj`.
         affine: something has gains and offsets.
         weighted: something has a weight other than 1.
+        one_slot: no two rows have different adapters; of rows.
     """
 
     rank: int = 0
     kinds: frozenset[str] = frozenset()
     affine: bool = False
     weighted: bool = False
+    one_slot: bool = False
 
     def covers(self, other: "LoraShape") -> bool:
         """Whether what was captured for this shape computes a step of the other one right."""
@@ -34,13 +36,14 @@ class LoraShape:
             self.rank >= other.rank
             and self.affine >= other.affine
             and self.weighted >= other.weighted
+            and self.one_slot <= other.one_slot
             and self.kinds >= other.kinds
         )
 
     @property
-    def cost(self) -> tuple[int, int, bool, bool]:
+    def cost(self) -> tuple[int, int, bool, bool, bool]:
         """Orders shapes by what they launch, roughly; of several that cover a step the least is taken."""
-        return len(self.kinds), self.rank, self.affine, self.weighted
+        return len(self.kinds), self.rank, self.affine, self.weighted, not self.one_slot
 
     def rounded_up(self) -> "LoraShape | None":
         """With the rank of a bucket; None: it is larger than all of them."""
@@ -54,7 +57,7 @@ class LoraShape:
 NO_LORA: Final = LoraShape()
 
 
-def union(shapes: Iterable[LoraShape], *, weighted: bool) -> LoraShape:
+def union(shapes: Iterable[LoraShape], *, weighted: bool, one_slot: bool) -> LoraShape:
     """What all of them together need."""
     rank, kinds, affine = 0, NO_LORA.kinds, False
     for shape in shapes:
@@ -62,4 +65,4 @@ def union(shapes: Iterable[LoraShape], *, weighted: bool) -> LoraShape:
         affine = affine or shape.affine
         if not kinds >= shape.kinds:
             kinds |= shape.kinds
-    return LoraShape(rank, kinds, affine, weighted)
+    return LoraShape(rank, kinds, affine, weighted, one_slot)

@@ -140,7 +140,7 @@ def plan(options: argparse.Namespace, results: Results) -> list[Section]:
         Section("bandwidth", 5, bandwidth),
         Section("build", 30, build),
         Section("compile", 30, lambda _: compile_nf4(build_room(options).requests, options.rank)),
-        Section("capture", 30, lambda _: run_capture(measured())),
+        Section("capture", 45, lambda _: run_capture(measured())),
         Section("decode", 30, lambda _: run_decode(measured())),
         Section("engine", 60, lambda left: run_engine(measured(), left / 6)),
         Section("prefill", 15, lambda _: run_prefill(measured())),
@@ -162,7 +162,7 @@ def compile_nf4(requests: int, rank: int) -> dict[str, int]:
     from lorikeet.kernels.lora_nf4_triton import can_fuse
     from lorikeet.kernels.nf4_dispatch import GemmTile, choose_way
     from lorikeet.kernels.overlap import lora_runs_in_matmul
-    from lorikeet.server.engine.step_graphs import bucket_sizes
+    from lorikeet.server.engine.graph_sizes import GraphSizes
     from nf4_compile import LoraJob, compile_tiles
     from nf4_kernels import SHAPES
 
@@ -173,13 +173,14 @@ def compile_nf4(requests: int, rank: int) -> dict[str, int]:
     lora: list[tuple[GemmTile, LoraJob]] = []
     for name, shape in SHAPES.items():
         in_features, widths = SITES[name]
-        for rows in bucket_sizes(requests):
+        for rows in sorted({size.tokens for size in GraphSizes(STEP_TOKENS, requests).all()}):
             for one_offset in (False, True):
                 way = choose_way(capability, properties.multi_processor_count, rows, *shape, one_offset, True)
                 if isinstance(way, GemmTile):
                     tiles.append(way)
-                    if lora_runs_in_matmul(rows) and can_fuse(rows, way, widths):
-                        lora.append((way, LoraJob(rows, in_features, widths, rank, most)))
+                    one_slot = not lora_runs_in_matmul(rows, one_adapter=False)
+                    if lora_runs_in_matmul(rows, one_adapter=True) and can_fuse(rows, way, widths):
+                        lora.append((way, LoraJob(rows, in_features, widths, rank, most, one_slot)))
     tiles, lora = list(dict.fromkeys(tiles)), list(dict.fromkeys(lora))
     compile_tiles(tiles, capability, COMPILE_SECONDS, lora)
     return {"tiles": len(tiles), "with LoRA": len(lora)}

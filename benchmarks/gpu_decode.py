@@ -6,7 +6,7 @@ Every row is plain JSON; `gpu_report.py` says what the numbers come to.
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -15,15 +15,20 @@ from gpu_engine import EngineRun
 from gpu_launches import count_launches
 from gpu_limits import H100_BANDWIDTH, DecodeStep, ModelShapes
 from gpu_model import Served, another_runner
-from gpu_step import WARM_UP, decode_step, prompt_step, time_runs
+from gpu_step import WARM_UP, decode_step, mixed_step, prompt_step, time_runs
 from lorikeet.kernels.overlap import switches
 from measurement import Spread
 
 SEED = 11
 NEW_TOKENS = 48
 PROMPT_TOKENS, PROMPT_ADAPTERS = 4096, 16
-# Batch -> what decides there how LoRA runs (`overlap`).
-SWITCHES: Final = {1: ("lora_in_matmul", "dependent_launch"), 16: ("lora_side_stream", "dependent_launch")}
+# Batch, adapters, and what decides there how LoRA runs (`overlap`).
+SWITCHES: Final = (
+    (1, 1, ("lora_in_matmul", "dependent_launch")),
+    (16, 1, ("lora_in_matmul",)),
+    (16, 16, ("lora_side_stream", "dependent_launch")),
+    (64, 1, ("lora_in_matmul",)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +173,7 @@ def run_chunks(
     *,
     budgets: Sequence[tuple[int, float]] = ((512, 0.0), (512, 2.0), (256, 0.0), (128, 0.0)),
     streams: int = 16,
-    new_tokens: int = 500,
+    new_tokens: int = 700,
     arriving: int = 12,
     arriving_tokens: int = 2048,
 ) -> list[dict[str, Any]]:
@@ -188,16 +193,19 @@ def run_chunks(
     rows = []
     for number, (step_tokens, max_slowdown) in enumerate(budgets):
         coming = random_prompts(served, arriving, arriving_tokens, SEED + 1 + number)
-        chunk = step_tokens // 8 if max_slowdown else step_tokens - streams  # at least
+        chunk = step_tokens // 8 if max_slowdown else step_tokens - streams  # about
         pause = 4 * -(-arriving_tokens // chunk)
+        replays = served.runner.graph_stats.num_replays
         with EngineRun(served, step_tokens, max_slowdown) as engine:
             gaps = engine.decode_beside_prompts(prompts, new_tokens, coming, pause)
+        replays = served.runner.graph_stats.num_replays - replays
         milliseconds = sorted(1000 * seconds for seconds, _ in gaps)
         row = {
             "step_tokens": step_tokens,
             "max_slowdown": max_slowdown,
             "steps": len(gaps),
             "with_chunk": sum(has_chunk for _, has_chunk in gaps) / len(gaps),
+            "replayed": replays / engine.num_steps,
             "p50_ms": percentile(milliseconds, 50),
             "p99_ms": percentile(milliseconds, 99),
         }
@@ -205,22 +213,23 @@ def run_chunks(
         rows.append(row)
         sys.stderr.write(
             f"  {step_tokens} tokens a step, slowdown {max_slowdown:g}: p50 {row['p50_ms']:.2f} ms, "
-            f"p99 {row['p99_ms']:.2f} ms, {100 * row['with_chunk']:.0f} % of {row['steps']} steps with a chunk\n"
+            f"p99 {row['p99_ms']:.2f} ms, {100 * row['with_chunk']:.0f} % of {row['steps']} steps with a chunk, "
+            f"{100 * row['replayed']:.0f} % replayed\n"
         )
     return rows
 
 
-def run_switches(with_: Measured, plan: Mapping[int, Sequence[str]] = SWITCHES) -> list[dict[str, Any]]:
-    """Decode steps of all distinct adapters as they are served, and with one thing changed, in turns.
+def run_switches(with_: Measured, plan: Sequence[tuple[int, int, Sequence[str]]] = SWITCHES) -> list[dict[str, Any]]:
+    """Decode steps as they are served, and with one thing changed, in turns.
 
     Args:
         with_: what to run.
-        plan: batch -> the switches to change.
+        plan: batch, different adapters, and the switches to change.
     """
     served = with_.served
     rows = []
-    for batch, names in plan.items():
-        step = decode_step(served, batch, with_.context, batch, SEED)
+    for batch, adapters, names in plan:
+        step = decode_step(served, batch, with_.context, adapters, SEED)
         runs: dict[str, Callable[[], object]] = {"as served": partial(served.runner.forward, step)}
         for name in names:
             before = getattr(switches, name)
@@ -237,6 +246,7 @@ def run_switches(with_: Measured, plan: Mapping[int, Sequence[str]] = SWITCHES) 
         rows.append(
             {
                 "batch": batch,
+                "adapters": adapters,
                 "device_us": {name: asdict(timing) for name, timing in device.items()},
                 "wall_us": {name: asdict(timing) for name, timing in wall.items()},
             }
@@ -244,13 +254,23 @@ def run_switches(with_: Measured, plan: Mapping[int, Sequence[str]] = SWITCHES) 
     return rows
 
 
-def run_launches(with_: Measured, batch: int = 16) -> dict[str, Any]:
-    """Kernels of a decode step and their time, by name, as served and without graphs."""
+def run_launches(with_: Measured, batch: int = 16, mixed_rows: int = 64) -> dict[str, Any]:
+    """Kernels of a step and their time, by name, as served and without graphs.
+
+    Args:
+        with_: what to run.
+        batch: streams that decode.
+        mixed_rows: rows of a step that has tokens of a prompt beside them.
+    """
     served = with_.served
     eager = another_runner(served, graphs=False)
-    found = {}
+    steps = {}
     for side, adapters in sides(batch).items():
-        step = decode_step(served, batch, with_.context, adapters, SEED)
+        steps[side] = decode_step(served, batch, with_.context, adapters, SEED)
+        mixed = mixed_step(served, batch, with_.context, adapters, mixed_rows, SEED)
+        steps[f"{side}, {mixed_rows - batch} tokens of a prompt"] = mixed
+    found = {}
+    for side, step in steps.items():
         found[side] = count_launches(partial(served.runner.forward, step))
         found[f"{side}, no graphs"] = count_launches(partial(eager.forward, step))
     return {"batch": batch, "sides": found}

@@ -115,6 +115,7 @@ class EngineRun:
             max_running=room.requests,
             token_budget=step_tokens,
             max_slowdown=max_slowdown,
+            padded_sizes=served.runner.padded_sizes,
         )
         base = served.base
         self._engine = Engine(
@@ -129,6 +130,11 @@ class EngineRun:
             max_waiting=4 * room.requests,
         )
         self._num_requests = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the start; exact while nothing runs."""
+        return self._engine.stats().num_steps
 
     def __enter__(self) -> "EngineRun":
         self._engine.start()

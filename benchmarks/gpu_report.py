@@ -205,15 +205,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _switches(sections: Mapping[str, Any]) -> Iterator[str]:
     for found in sections.get("switches", ()):
-        rows = [(f"batch {found['batch']}, all distinct", "device us", "wall us")]
+        rows = [(f"batch {found['batch']}, different adapters: {found['adapters']}", "device us", "wall us")]
         for name, device in found["device_us"].items():
             rows.append((name, f"{_spread(device, 1):.0f}", f"{_spread(found['wall_us'][name], 1):.0f}"))
         yield table(rows)
     if "launches" in sections:
         found = sections["launches"]
-        rows = [(f"batch {found['batch']}, one step", "kernels", "copies and fills", "launches by the host")]
+        rows = [(f"batch {found['batch']}, one step", "kernels", "copies and fills", "host's launches", "device us")]
         for side, counts in found["sides"].items():
-            rows.append((side, *(str(counts[key]) for key in ("kernels", "copies_and_fills", "host_launches"))))
+            keys = ("kernels", "copies_and_fills", "host_launches", "device_us")
+            rows.append((side, *(f"{counts[key]:.0f}" for key in keys)))
         yield table(rows)
 
 
@@ -229,7 +230,7 @@ def _prefill(sections: Mapping[str, Any]) -> Iterator[str]:
 
 def _chunks(sections: Mapping[str, Any]) -> Iterator[str]:
     if "chunks" in sections:
-        rows = [("between tokens, beside prompts", "p50 ms", "p99 ms", "p99 / p50", "steps with a chunk")]
+        rows = [("between tokens, beside prompts", "p50 ms", "p99 ms", "p99 / p50", "with a chunk", "replayed")]
         rows += [
             (
                 _chunk_way(row),
@@ -237,6 +238,7 @@ def _chunks(sections: Mapping[str, Any]) -> Iterator[str]:
                 f"{row['p99_ms']:.2f}",
                 f"{row['p99_of_p50']:.2f}",
                 f"{100 * row['with_chunk']:.0f} % of {row['steps']}",
+                f"{100 * row['replayed']:.0f} %",
             )
             for row in sections["chunks"]
         ]

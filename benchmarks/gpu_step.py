@@ -1,4 +1,4 @@
-"""Steps of the runner, timed on the device: decodes over contexts that are already computed, and whole prompts.
+"""Steps of the runner, timed on the device: decodes over contexts that are already computed, prompts, and both.
 
 Two times of a step. *Device*: from the first to the last thing that the device does for it, with the host so far ahead
 that the device never waits; what the byte model speaks of. *Wall*: what the step thread waits for it, the host's part
@@ -7,7 +7,7 @@ included.
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -32,23 +32,31 @@ def decode_step(served: Served, batch: int, context: int, adapters: int, seed: i
         adapters: different ones, in turn over the requests; 0: none.
         seed: of tokens and blocks.
     """
-    return _step(served, batch, context, context - 1, adapters, seed)
+    return _step(served, [context - 1] * batch, context, adapters, seed)
+
+
+def mixed_step(served: Served, batch: int, context: int, adapters: int, rows: int, seed: int) -> ScheduledStep:
+    """As `decode_step`, and beside it tokens of one prompt more: of its last ones as many as make `rows` rows."""
+    return _step(served, [*[context - 1] * batch, context - rows + batch], context, adapters, seed)
 
 
 def prompt_step(served: Served, requests: int, tokens: int, adapters: int, seed: int) -> ScheduledStep:
     """All of `tokens` prompt tokens of each request at once."""
-    return _step(served, requests, tokens, 0, adapters, seed)
+    return _step(served, [0] * requests, tokens, adapters, seed)
 
 
-def _step(served: Served, batch: int, length: int, start: int, adapters: int, seed: int) -> ScheduledStep:
+def _step(served: Served, starts: Sequence[int], length: int, adapters: int, seed: int) -> ScheduledStep:
+    """Of a request of `length` tokens for each of `starts`, what follows there."""
     room = served.room
     width = -(-length // room.block_size)
-    assert batch * width <= room.blocks and batch <= room.requests and batch * (length - start) <= room.step_tokens
+    batch = len(starts)
+    assert batch * width <= room.blocks and batch <= room.requests
+    assert min(starts) >= 0 and batch * length - sum(starts) <= room.step_tokens
     draw = random.Random(seed)
     # Scattered, as after a while of serving.
     blocks = draw.sample(range(room.blocks), batch * width)
     items = []
-    for number in range(batch):
+    for number, start in enumerate(starts):
         prompt = [draw.randrange(served.base.vocab_size) for _ in range(length)]
         index = number % adapters if adapters else None
         adaptation = None if index is None else served.adaptations[index]

@@ -28,6 +28,7 @@ class LoraJob(NamedTuple):
         widths: of its slices.
         rank: of each.
         max_slices: of the sites, which tables of ranks are as wide as.
+        one_slot: rows share an adapter.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class LoraJob(NamedTuple):
     widths: tuple[int, ...]
     rank: int
     max_slices: int
+    one_slot: bool
 
 
 def compile_tiles(
@@ -131,6 +133,7 @@ def _compile_lora(tile: GemmTile, job: LoraJob) -> None:
         torch.zeros(job.rows, dtype=torch.int32),
         job.rank * num_slices,
         job.widths,
+        one_slot=job.one_slot,
     )
 
 

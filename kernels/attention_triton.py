@@ -2,15 +2,21 @@
 
 A program owns a tile of query rows of one sequence and one KV head; the query heads of the group are rows of the tile
 too, so that K and V are read once for all of them. It walks the keys that the tile sees with an online softmax
-(FlashAttention-2, arXiv 2307.08691). A decode step of few sequences has too few tiles for a GPU; its contexts are
+(FlashAttention-2, arXiv 2307.08691). A step of few rows has too few tiles for a GPU; its contexts are
 split among programs, whose partial results a second kernel joins (the idea of Flash-Decoding). The packing of rows and
-the map from programs to tiles follow vLLM's `triton_unified_attention.py`; here a split is a share of the sequence's
-own visible keys, and masked keys are never loaded.
+the map from programs to tiles follow vLLM's `triton_unified_attention.py`; here a split is a share of the keys that its
+tile sees, and masked keys are never loaded.
 
 Graph-safe: grids depend on shapes and on Python ints alone, every loop bound comes from the step's tensors on the
 device, and nothing waits for the device. Under a graph `max_context_len` is the model's limit: how many splits there
-are then depends on the number of sequences, and a short context leaves some of them without a key. Sequences without a
-row cost a program that leaves at once. Decodes may be launched dependently (`overlap_triton`).
+are then depends on the number of rows and sequences, and a short context leaves some of them without a key. Sequences
+without a row cost a program that leaves at once. Decodes may be launched dependently (`overlap_triton`).
+
+Decodes beside chunks of prompts are in the chunks' launch, a tile of 64 rows each, of which a group is used. That costs
+them little (at head_dim 128: 0.3 us of products for each 32 KiB of keys and values, which take a multiprocessor 1.4 us
+of its share of 3 TB/s, and two programs have 64 KiB under way), and one launch lets both fill the GPU together, where
+two would each end in a tail. In a step of 64 rows beside 16 decodes, contexts are split in two: the chunk's few tiles
+would else be the last to end.
 
 Bytes at context 1,024 for Llama-3-8B, each layer: 4.2 MB a sequence, so 1.4 us at 3 TB/s for one, 22 us for 16, 90 us
 for 64. One sequence is bound by latencies, a chain of tables, keys and values; its 32 splits have a tile each.
@@ -33,7 +39,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e38)
 
 _MAX_SPLITS = 32
-# Programs of a decode that share a multiprocessor, if its contexts are split; five fit. They hide each other's waits.
+# Programs for each multiprocessor, if contexts are split. Of decodes five fit, and four hide each other's waits; with
+# chunks two fit, and a second round lets short ones go first.
 _PROGRAMS_PER_PROCESSOR = 4
 # Fewer keys than this in a split are not worth joining it.
 _MIN_SPLIT_KEYS = 256
@@ -93,7 +100,7 @@ def paged_attention(
 ) -> Tensor:
     """See `attention.paged_attention`.
 
-    `num_splits` overrides into how many parts, at most 32, the contexts of a decode step are split.
+    `num_splits` overrides into how many parts, at most 32, contexts are split.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, _, block_size, _ = k_cache.shape
@@ -104,15 +111,11 @@ def paged_attention(
     group = num_heads // num_kv_heads
     decode = max_query_len <= 1
     tiles = _tiles(head_dim, group, q.element_size(), decode)
-    if decode:
-        grid_tiles = num_seqs
-        if num_splits is None:
-            visible = min(max_context_len, window) if window else max_context_len
-            num_splits = _choose_splits(q.device, num_seqs * num_kv_heads, visible)
-    else:
-        # Sequence n begins at tile query_starts[n] // rows_per_tile + n: never too few, at most one too many each.
-        grid_tiles = num_tokens // (tiles.rows // group) + num_seqs
-        num_splits = 1
+    # Sequence n begins at tile query_starts[n] // rows_per_tile + n: never too few, at most one too many each.
+    grid_tiles = num_seqs if decode else num_tokens // (tiles.rows // group) + num_seqs
+    if num_splits is None:
+        visible = min(max_context_len, window) if window else max_context_len
+        num_splits = _choose_splits(q.device, grid_tiles * num_kv_heads, visible)
     split = num_splits > 1
     dependent = decode and launches_dependently(q.device)
     # Unused without splits, but an argument needs some tensor.

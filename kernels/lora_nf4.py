@@ -1,6 +1,7 @@
 """NF4 linear with LoRA as one operator: y = x . dequant(W)^T + bias, then y[t] += B_slot(t) (A_slot(t) x[t]).
 
-On CUDA decodes of few rows take one launch where the matmul allows it (`lora_nf4_triton`); everything else is
+On CUDA decodes of few rows, or of more that share an adapter, take one launch where the matmul allows it
+(`lora_nf4_triton`); everything else is
 `nf4.nf4_linear`, `lora.lora_shrink` and `lora.lora_expand_` one after the other. Registered as
 `torch.ops.lorikeet.nf4_lora_linear`; call it by `nf4_lora_linear`.
 """
@@ -22,7 +23,7 @@ torch.library.define(
     "lorikeet::nf4_lora_linear",
     "(Tensor x, Tensor codes, Tensor absmax, Tensor? code_map, Tensor? scales, Tensor? offsets, bool one_offset,"
     " Tensor? bias, Tensor arena, Tensor slot_offsets, Tensor ranks, Tensor seg_starts, Tensor seg_slots, int max_rank,"
-    " int[] slice_widths, Tensor? seg_weights=None) -> Tensor",
+    " int[] slice_widths, Tensor? seg_weights=None, bool one_slot=False) -> Tensor",
 )
 
 
@@ -38,6 +39,7 @@ def nf4_lora_linear(
     max_rank: int,
     slice_widths: Sequence[int],
     seg_weights: Tensor | None = None,
+    one_slot: bool = False,
 ) -> Tensor:
     """Compute x . W^T + bias, and the deltas of the rows that have an adapter.
 
@@ -47,6 +49,7 @@ def nf4_lora_linear(
         bias: [out_features] in x's dtype, or None.
         arena, slot_offsets, ranks, seg_starts, seg_slots, max_rank, seg_weights: as of `lora.lora_shrink`.
         slice_widths: output width of each slice; together out_features.
+        one_slot: all segments have the same slot or -1, which then may be computed faster.
 
     Returns:
         [T, out_features] in x's dtype: of the matmul's result, rounded, plus the delta, rounded again. Rows without an
@@ -57,8 +60,25 @@ def nf4_lora_linear(
     """
     return torch.ops.lorikeet.nf4_lora_linear.default(
         x, *tensors_of(weight), has_one_offset(weight), bias, arena, slot_offsets, ranks, seg_starts, seg_slots,
-        max_rank, slice_widths, seg_weights,
+        max_rank, slice_widths, seg_weights, one_slot,
     )  # fmt: skip
+
+
+def is_one_launch(x: Tensor, weight: NF4Weight, slice_widths: Sequence[int]) -> bool:
+    """Whether `nf4_lora_linear` launches one kernel for this; arguments as there. On a CPU there is nothing to launch.
+
+    If not, whoever calls the parts one by one may run them beside each other.
+    """
+    return not x.is_cuda or _fused_way(x, slice_widths, has_one_offset(weight)) is not None
+
+
+def _fused_way(x: Tensor, slice_widths: Sequence[int], one_offset: bool) -> GemmTile | None:
+    """How a matmul that does LoRA, too, divides its work; None: it can't."""
+    from . import lora_nf4_triton  # a CPU-only installation has no Triton
+
+    way = way_of(x, sum(slice_widths), one_offset)
+    fits = isinstance(way, GemmTile) and lora_nf4_triton.can_fuse(x.shape[0], way, slice_widths)
+    return way if isinstance(way, GemmTile) and fits else None
 
 
 def _check(
@@ -104,6 +124,7 @@ def _one_by_one(
     max_rank: int,
     slice_widths: Sequence[int],
     seg_weights: Tensor | None = None,
+    one_slot: bool = False,
 ) -> Tensor:
     weight = (codes, absmax, code_map, scales, offsets)
     y: Tensor = torch.ops.lorikeet.nf4_linear.default(x, *weight, sum(slice_widths), one_offset, bias)
@@ -130,12 +151,13 @@ def _cuda(
     max_rank: int,
     slice_widths: Sequence[int],
     seg_weights: Tensor | None = None,
+    one_slot: bool = False,
 ) -> Tensor:
     from . import lora_nf4_triton  # a CPU-only installation has no Triton
 
-    way = way_of(x, sum(slice_widths), one_offset)
+    way = _fused_way(x, slice_widths, one_offset)
     weight = (codes, absmax, code_map, scales, offsets)
-    if not (isinstance(way, GemmTile) and max_rank and lora_nf4_triton.can_fuse(x.shape[0], way, slice_widths)):
+    if way is None or not max_rank:
         return _one_by_one(
             x, *weight, one_offset, bias, arena, slot_offsets, ranks, seg_starts, seg_slots, max_rank, slice_widths,
             seg_weights,
@@ -147,7 +169,7 @@ def _cuda(
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
         return lora_nf4_triton.nf4_lora_gemm(
             x, *weight, bias, way, arena, slot_offsets, ranks, seg_starts, seg_slots, max_rank, slice_widths,
-            seg_weights,
+            seg_weights, one_slot,
         )  # fmt: skip
 
 
@@ -168,6 +190,7 @@ def _fake(
     max_rank: int,
     slice_widths: Sequence[int],
     seg_weights: Tensor | None = None,
+    one_slot: bool = False,
 ) -> Tensor:
     weight = (codes, absmax, code_map, scales, offsets)
     _check(

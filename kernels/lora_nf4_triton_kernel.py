@@ -11,14 +11,14 @@ from .nf4_triton_kernels import add_parts, multiply_tile, store_part
 from .overlap_triton import begin, wait
 
 # A tile's counter: programs of the matmul that have arrived, in these units; below, whether all of h is there.
-_ARRIVED = tl.constexpr(1 << 16)
+ARRIVED = tl.constexpr(1 << 16)
 # Looks at the counter, some seconds, before the program ends with an error of the device. That would be a bug of ours,
 # which must neither hang a GPU that others wait for nor leave counters behind that later launches would misread.
 _PATIENCE = tl.constexpr(1 << 23)
 
 
 @triton.jit
-def _slots_of(rows, seg_starts_ptr, seg_slots_ptr, num_segments, PADDED: tl.constexpr):
+def slots_of(rows, seg_starts_ptr, seg_slots_ptr, num_segments, PADDED: tl.constexpr):
     """(segment, slot) of each row; slot -1 for base rows and those behind the last segment."""
     numbers = tl.arange(0, PADDED)
     starts = tl.load(seg_starts_ptr + numbers, mask=numbers <= num_segments, other=0)
@@ -58,7 +58,7 @@ def _shrink(
     split = program % H_SPLITS
     row = program // H_SPLITS % num_rows
     first_rank = program // H_SPLITS // num_rows * TILE_RANKS
-    segments, slots = _slots_of(
+    segments, slots = slots_of(
         row + tl.arange(0, 1), seg_starts_ptr, seg_slots_ptr, num_segments, PADDED_SEGMENTS
     )  # fmt: skip
     segment, slot = tl.max(segments, axis=0), tl.max(slots, axis=0)
@@ -86,6 +86,29 @@ def _shrink(
         tl.store(h_row_ptr + rank_rows, h * weight, mask=rank_rows < rank)
     else:
         wait(DEPENDENT)
+
+
+@triton.jit
+def tell_tiles(shrunk_ptr, arrivals_ptr, num_shrinks, NUM_TILES: tl.constexpr, PADDED_TILES: tl.constexpr):
+    """This program's share of h is there; the last of them to say so tells every tile."""
+    tl.debug_barrier()  # all threads have stored before one of them tells it
+    ended = tl.atomic_add(shrunk_ptr, 1, sem="acq_rel", scope="gpu")
+    if ended == num_shrinks - 1:
+        tl.store(shrunk_ptr, 0)
+        tiles = tl.arange(0, PADDED_TILES)
+        tl.atomic_add(arrivals_ptr + tiles, 1, mask=tiles < NUM_TILES, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_h(seen, arrivals_ptr, tile, PTX: tl.constexpr):
+    """Until all of h is there, of which the tile's counter, `seen` so, tells; leaves it at zero."""
+    looks = 0
+    while (seen % ARRIVED == 0) & (looks < _PATIENCE):
+        seen = tl.atomic_add(arrivals_ptr + tile, 0, sem="acq_rel", scope="gpu")
+        looks += 1
+    if PTX and seen % ARRIVED == 0:
+        tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(arrivals_ptr + tile, 0)
 
 
 @triton.jit
@@ -150,7 +173,7 @@ def lora_gemm_kernel(
 
     Grid: the `num_shrinks` programs that compute h = A x, then for each split of the matmul its NUM_TILES programs, of
     one tile of all rows each. The first ones are the first to run, and are done long before the others need h. The last
-    of them to end tells every tile, by adding 1 to its counter; programs of the matmul add _ARRIVED, and the last one
+    of them to end tells every tile, by adding 1 to its counter; programs of the matmul add ARRIVED, and the last one
     of a tile, which has added up its splits, adds B h and leaves the counter at zero. So what it waits for, if it
     waits, is running already, and costs nothing to know: the counter tells both.
 
@@ -165,12 +188,7 @@ def lora_gemm_kernel(
             program, num_rows, num_segments, in_features, max_rank, x_stride, ranks_stride_slot, ranks_stride_slice,
             NUM_SLICES, H_SPLITS, TILE_RANKS, TILE_K, SPLIT_K, PADDED_SEGMENTS, DEPENDENT,
         )  # fmt: skip
-        tl.debug_barrier()  # all threads have stored before one of them tells it
-        ended = tl.atomic_add(shrunk_ptr, 1, sem="acq_rel", scope="gpu")
-        if ended == num_shrinks - 1:
-            tl.store(shrunk_ptr, 0)
-            tiles = tl.arange(0, PADDED_TILES)
-            tl.atomic_add(arrivals_ptr + tiles, 1, mask=tiles < NUM_TILES, sem="release", scope="gpu")
+        tell_tiles(shrunk_ptr, arrivals_ptr, num_shrinks, NUM_TILES, PADDED_TILES)
         return
 
     tile = (program - num_shrinks) % NUM_TILES
@@ -180,7 +198,7 @@ def lora_gemm_kernel(
 
     # What is B for each row: tables first, then its first TILE_RANKS rows, [LORA_ROWS, TILE_RANKS, TILE_COLUMNS].
     lora_rows = tl.arange(0, LORA_ROWS)
-    _segments, slots = _slots_of(lora_rows, seg_starts_ptr, seg_slots_ptr, num_segments, PADDED_SEGMENTS)
+    _segments, slots = slots_of(lora_rows, seg_starts_ptr, seg_slots_ptr, num_segments, PADDED_SEGMENTS)
     has_slot = (slots >= 0) & (lora_rows < num_rows)
     safe_slots = tl.maximum(slots, 0).to(tl.int64)
     slot_ranks_ptr = ranks_ptr + safe_slots * ranks_stride_slot
@@ -219,16 +237,10 @@ def lora_gemm_kernel(
     parts_ptrs = partials_ptr
     if NUM_SPLITS > 1:
         parts_ptrs = store_part(partials_ptr, acc, tile, split, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS)
-    seen = tl.atomic_add(arrivals_ptr + tile, _ARRIVED, sem="acq_rel", scope="gpu")
-    if seen // _ARRIVED < NUM_SPLITS - 1:
+    seen = tl.atomic_add(arrivals_ptr + tile, ARRIVED, sem="acq_rel", scope="gpu")
+    if seen // ARRIVED < NUM_SPLITS - 1:
         return
-    looks = 0
-    while (seen % _ARRIVED == 0) & (looks < _PATIENCE):
-        seen = tl.atomic_add(arrivals_ptr + tile, 0, sem="acq_rel", scope="gpu")
-        looks += 1
-    if PTX and seen % _ARRIVED == 0:
-        tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.store(arrivals_ptr + tile, 0)
+    wait_for_h(seen, arrivals_ptr, tile, PTX)
     if NUM_SPLITS > 1:
         acc = add_parts(parts_ptrs, TILE_ROWS, TILE_COLUMNS, NUM_SPLITS)
     acc *= 1.0 / TABLE_FACTOR

@@ -54,7 +54,7 @@ def shrink_row(
 
 
 @triton.jit
-def _shrink_rows(
+def shrink_rows(
     x_ptr,
     a_ptr,
     rows,
@@ -114,7 +114,7 @@ def _shrink_tile_(
         )
         tl.store(out_ptr + first_row.to(tl.int64) * max_rank + rank_rows, h * weight, mask=rank_rows < max_rank)
     else:
-        acc = _shrink_rows(
+        acc = shrink_rows(
             x_ptr, a_ptr, rows, row_mask, x_stride, rank_rows, rank, in_features, k_start,
             TILE_ROWS, TILE_RANKS, DOT_K, SPLIT_K, DEPENDENT,
         )  # fmt: skip

@@ -31,6 +31,7 @@ class OverlapSwitches:
             worth less than the dependent launches that it costs (estimated, see `lora_triton`).
         lora_in_matmul: LoRA is part of the base's matmul, in steps that are not captured, too.
         in_matmul_rows: in steps of at most so many rows (estimated, see `lora_nf4_triton`).
+        in_matmul_rows_of_one: the same where all rows that have an adapter have the same one.
     """
 
     dependent_launch: bool = True
@@ -38,6 +39,7 @@ class OverlapSwitches:
     side_stream_rows: int = 8
     lora_in_matmul: bool = True
     in_matmul_rows: int = 4
+    in_matmul_rows_of_one: int = 64
 
 
 switches = OverlapSwitches()
@@ -74,9 +76,15 @@ def lora_runs_beside(num_rows: int) -> bool:
     return switches.lora_side_stream and num_rows >= switches.side_stream_rows and _is_captured()
 
 
-def lora_runs_in_matmul(num_rows: int) -> bool:
-    """Whether a site with so many rows does LoRA in the base's matmul, where that knows how."""
-    return switches.lora_in_matmul and num_rows <= switches.in_matmul_rows
+def lora_runs_in_matmul(num_rows: int, one_adapter: bool) -> bool:
+    """Whether a site with so many rows does LoRA in the base's matmul, where that knows how.
+
+    Args:
+        num_rows: of the step.
+        one_adapter: all rows that have an adapter have the same one.
+    """
+    most = switches.in_matmul_rows_of_one if one_adapter else switches.in_matmul_rows
+    return switches.lora_in_matmul and num_rows <= most
 
 
 def _is_captured() -> bool:

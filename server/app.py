@@ -112,7 +112,7 @@ def run_server(config: ServerConfig, source: str, name: str, announce: Callable[
 
 
 def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: PolicyHolder) -> App:
-    """Connect the parts, and capture decode steps on CUDA; no thread runs yet.
+    """Connect the parts, and capture steps on CUDA; no thread runs yet.
 
     Raises:
         ConfigError: a setting does not go with the base, or asks for more memory than there is.
@@ -168,6 +168,7 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
         limits_of=policy.limits,
         max_wait_s=config.max_wait_s,
         max_slowdown=config.max_slowdown,
+        padded_sizes=runner.padded_sizes,
     )
     detokenizers = DetokenizerFactory(base.tokenizer)
     engine = Engine(
@@ -221,5 +222,5 @@ def assemble(config: ServerConfig, compute: Compute, base: BaseModel, policy: Po
 
 
 def capture_backend(config: ServerConfig, device: torch.device) -> CaptureBackend | None:
-    """What captures decode steps; None: they run eagerly."""
+    """What captures steps; None: they run eagerly."""
     return CudaCapture(device) if config.cuda_graphs and device.type == "cuda" else None

@@ -203,7 +203,7 @@ class ServerConfig(BaseSettings):
         "Engine",
         0.0,
         "How many times as long as without them a forward pass of outputs may take with tokens of prompts beside them, "
-        "above 1; prompts get an eighth of step_tokens whatever that takes. 0: no bound.",
+        "above 1; prompts get a sixteenth of step_tokens whatever that takes. 0: no bound.",
         ge=0,
         allow_inf_nan=False,
     )
@@ -215,7 +215,7 @@ class ServerConfig(BaseSettings):
     cuda_graphs: bool = _field(
         "Engine",
         True,
-        "Whether decode steps on CUDA are captured as graphs: faster, for some seconds at start and some hundred MiB "
+        "Whether steps on CUDA are captured as graphs: faster, for some seconds at start and some hundred MiB "
         "of device memory.",
     )
     max_waiting: int = _field(

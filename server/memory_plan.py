@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from .config import DEFAULT_ADAPTER_DEVICE_BYTES, GIB, MIB
+from .engine.graph_sizes import GraphSizes
 from .errors import ConfigError
 
 log = structlog.stdlib.get_logger(__name__)
@@ -74,7 +75,7 @@ class MemorySettings:
 
     Attributes:
         kv_cache_bytes: None: auto.
-        graph_rows: of the captured graphs, as `bucket_sizes` makes them of max_running; None: nothing is captured.
+        graph_sizes: of the captured graphs, by step_tokens and max_running; None: nothing is captured.
         max_blocks: of the longest context.
     """
 
@@ -84,7 +85,7 @@ class MemorySettings:
     step_tokens: int
     max_running: int
     max_blocks: int
-    graph_rows: Callable[[int], list[int]] | None
+    graph_sizes: Callable[[int, int], GraphSizes] | None
 
 
 def demands(size: ModelSize, settings: MemorySettings) -> dict[str, int]:
@@ -98,10 +99,13 @@ def demands(size: ModelSize, settings: MemorySettings) -> dict[str, int]:
         "workspace of a step": workspace + inputs,
         "reserve": RESERVE_BYTES,
     }
-    if settings.graph_rows is not None:
-        rows = settings.graph_rows(settings.max_running)
-        pool = _activations(size, rows[-1], rows[-1]) + size.largest_weight * size.itemsize
-        found["CUDA graphs"] = 2 * len(rows) * GRAPH_BYTES + pool + rows[-1] * size.vocab * 4
+    if settings.graph_sizes is not None:
+        sizes = settings.graph_sizes(settings.step_tokens, settings.max_running)
+        # Not all of these combinations are captured: what settings need must only grow with them.
+        count = 3 * len(sizes.decodes) + 2 * len(sizes.tokens) * len(sizes.requests)
+        most = sizes.decodes[-1]
+        pool = _activations(size, max(sizes.tokens[-1], most), most) + size.largest_weight * size.itemsize
+        found["CUDA graphs"] = count * GRAPH_BYTES + pool + most * size.vocab * 4
     return found
 
 
@@ -234,7 +238,7 @@ def _advice(size: ModelSize, settings: MemorySettings, free: int) -> list[str]:
     running = largest(lambda v: replace(settings, max_running=v), 1, settings.max_running)
     if running is not None:
         advice.append(f"--max-running by {settings.max_running - running}, to {running}")
-    if settings.graph_rows is not None and _missing(size, replace(settings, graph_rows=None), free) <= 0:
+    if settings.graph_sizes is not None and _missing(size, replace(settings, graph_sizes=None), free) <= 0:
         advice.append("the graphs, with --no-cuda-graphs")
     return advice
 

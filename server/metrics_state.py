@@ -114,7 +114,7 @@ def _engine_families(stats: EngineStats) -> Iterable[Metric]:
 
 
 def _graph_families(stats: GraphStats) -> Iterable[Metric]:
-    yield GaugeMetricFamily("lorikeet_cuda_graphs", "Captured decode steps.", stats.num_graphs)
+    yield GaugeMetricFamily("lorikeet_cuda_graphs", "Captured steps.", stats.num_graphs)
     yield GaugeMetricFamily(
         "lorikeet_cuda_graphs_failed",
         "1: a capture failed (the log says why), and no further one is tried; steps without a graph run eagerly.",

@@ -9,7 +9,7 @@ from ..kernels.native.functions import multiplies_bf16
 from .base.model import BaseModel
 from .config import ServerConfig
 from .engine.device_memory import free_bytes
-from .engine.step_graphs import bucket_sizes
+from .engine.graph_sizes import GraphSizes
 from .errors import ConfigError
 from .host_memory import free_host_memory
 from .memory_plan import FreeMemory, MemorySettings, ModelSize, plan_host_kv_cache, plan_kv_cache
@@ -91,7 +91,7 @@ def resolve_kv_blocks(config: ServerConfig, base: BaseModel, max_context: int, f
         step_tokens=config.step_tokens,
         max_running=config.max_running,
         max_blocks=-(-max_context // config.block_size),
-        graph_rows=bucket_sizes if config.cuda_graphs and base.device.type == "cuda" else None,
+        graph_sizes=GraphSizes if config.cuda_graphs and base.device.type == "cuda" else None,
     )
     size = _model_size(base, block_bytes)
     if base.device.type != "cuda":

@@ -1,8 +1,8 @@
 """Runs one scheduled step on the device: builds the flat batch, calls the model once, returns the logits to sample.
 
 Owned by the step thread. Every tensor that describes a step is preallocated at its largest size and filled by one copy
-from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device. Decode steps replay captured
-graphs where there are any (`step_graphs.py`); everything else runs here, eagerly.
+from (pinned, on CUDA) host memory, so that nothing inside a step waits for the device. Steps replay captured graphs
+where there are any (`step_graphs.py`); everything else runs here, eagerly.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from ..base.attention import KVCache, PagedStep
 from ..base.model import BaseModel
 from .block_tables import BlockTables
 from .graph_capture import CaptureBackend
+from .graph_sizes import GraphSizes
 from .request import Request, TokenLogprob
 from .scheduler import ScheduledRequest, ScheduledStep
 from .scoring import Piece, Scorer, cut_step
@@ -36,7 +37,10 @@ class Runner:
         max_requests: requests a step at most.
         max_blocks: blocks of the longest context.
         expand: members of the batch slots that stand for compositions.
-        capture: captures decode steps as graphs; None: every step runs eagerly.
+        capture: captures steps as graphs; None: every step runs eagerly.
+
+    Attributes:
+        padded_sizes: tokens to which steps with tokens of prompts are padded, ascending; larger ones are not.
     """
 
     def __init__(
@@ -64,14 +68,17 @@ class Runner:
         self._tables = BlockTables(max_requests, max_blocks, device)
         self._inputs = StepInputs(max_tokens, max_requests, self._tables, cache.block_size, device)
         self._graphs: StepGraphs | None = None
+        self.padded_sizes: list[int] = []
         if capture is not None:
+            sizes = GraphSizes(max_tokens, max_requests)
+            self.padded_sizes = sizes.tokens
             self._graphs = StepGraphs(
                 base,
                 lora,
                 cache,
                 self._tables,
                 capture,
-                max_requests=max_requests,
+                sizes=sizes,
                 max_context=max_blocks * cache.block_size,
                 expand=expand,
             )

@@ -33,6 +33,7 @@ import bisect
 import itertools
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ class Scheduler:
         max_adapter_tries: vain `try_activate` calls per step.
         max_slowdown: how many times as long as without them a step of decodes may take with tokens of prompts beside
             them, above 1; 0: any. See `chunk_budget.py`.
+        padded_sizes: tokens to which steps with tokens of prompts are padded, ascending; none: they are not.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Scheduler:
         watermark: float = 0.01,
         max_adapter_tries: int = 32,
         max_slowdown: float = 0.0,
+        padded_sizes: Sequence[int] = (),
     ) -> None:
         if not 1 <= max_running <= token_budget:
             raise ValueError(f"max_running ({max_running}) must be 1 to token_budget ({token_budget})")
@@ -134,7 +137,7 @@ class Scheduler:
         self._waiting = WaitingLanes(starvation_bound_s, max_adapter_tries, self._shares)
         self._max_running = max_running
         self._token_budget = token_budget
-        self._chunks = ChunkBudget(max_slowdown, token_budget)
+        self._chunks = ChunkBudget(max_slowdown, token_budget, padded_sizes)
         self._spare = round(watermark * blocks.num_blocks)
         self._reserved: Request | None = None
         self._orders = itertools.count()

@@ -42,7 +42,7 @@ class EngineStats:
 
 @dataclass(slots=True)
 class GraphStats:
-    """Captured decode steps; kept by the step thread, to be read on any.
+    """Captured steps; kept by the step thread, to be read on any.
 
     Attributes:
         num_graphs: there are now.

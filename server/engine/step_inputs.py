@@ -9,9 +9,10 @@ token 30 (blocks 1, 2, 4, 5, 6, 8, 10, 11).
     query_starts  [0, 3, 4]
     context_lens  [9, 31]
 
-A captured decode step has one row a request and is padded to the rows of its graph. Of a alone, at its token 8, in a
-graph of 3 rows: positions [8, 0, 0], kv_slots [36, -1, -1] (padding writes no key), query_starts [0, 1, 1, 1] (and
-belongs to no sequence), context_lens [9, 0, 0].
+A captured step is padded to the rows and requests of its graph. The example in a graph of 6 rows and 3 requests:
+positions [6, 7, 8, 30, 0, 0], kv_slots [30, 31, 36, 46, -1, -1] (padding writes no key), query_starts [0, 3, 4, 4] (and
+belongs to no sequence), context_lens [9, 31, 0], and rows [3, 0, 0]: b alone samples, and where nobody does the head
+computes row 0.
 """
 
 from typing import Any, Final, NamedTuple
@@ -74,7 +75,7 @@ class StepInputs:
         self._staged = StagedValues(num_words, torch.int64, device)
         self._host = np.zeros(num_words, np.int64)
         self._numbers = np.arange(max(max_tokens, max_requests + 1))
-        self._decodes: dict[int, _Layout] = {}  # by number of rows
+        self._layouts: dict[tuple[int, int], _Layout] = {}  # of steps of decodes, and of padded ones
 
     def fill(self, step: ScheduledStep, num_tokens: int | None = None, num_requests: int | None = None) -> int:
         """Describe a step.
@@ -92,9 +93,11 @@ class StepInputs:
         for item in items:
             ids += item.request.token_ids(item.start, item.start + item.num_tokens)
         total = len(ids)
+        is_kept = num_tokens is not None or total == count
         num_tokens = total if num_tokens is None else num_tokens
         num_requests = count if num_requests is None else num_requests
-        host_ids, positions, kv_slots, query_starts, context_lens, rows = self._layout(num_tokens, num_requests).host
+        layout = self._layout(num_tokens, num_requests, is_kept=is_kept)
+        host_ids, positions, kv_slots, query_starts, context_lens, rows = layout.host
         host_ids[:total] = ids
         starts = np.array([item.start for item in items], np.int64)
         if total == count:  # one row each, nothing to repeat
@@ -123,18 +126,18 @@ class StepInputs:
 
     def tensors(self, num_tokens: int, num_requests: int) -> StepTensors:
         """What a step padded to so many tokens and requests reads; all rows of requests are listed as sampling."""
-        return self._layout(num_tokens, num_requests).device
+        return self._layout(num_tokens, num_requests, is_kept=False).device
 
-    def _layout(self, num_tokens: int, num_requests: int) -> _Layout:
-        """The views of decode steps are kept: making them takes longer than filling them for a few requests."""
-        layout = self._decodes.get(num_tokens) if num_tokens == num_requests else None
+    def _layout(self, num_tokens: int, num_requests: int, *, is_kept: bool) -> _Layout:
+        """Views that are needed again are kept: making them takes longer than filling them for a few requests."""
+        layout = self._layouts.get((num_tokens, num_requests))
         if layout is None:
             layout = _Layout(
                 _fields(self._host, np.int32, num_tokens, num_requests),
                 StepTensors(*_fields(self._staged.tensor, torch.int32, num_tokens, num_requests)),
             )
-            if num_tokens == num_requests:
-                self._decodes[num_tokens] = layout
+            if is_kept:
+                self._layouts[num_tokens, num_requests] = layout
         return layout
 
     def _fill_slots(

@@ -35,7 +35,7 @@ def linear() -> LoraLinear:
     ):
         assert store.install(adapter.pack(torch.float32)) is not None
     base = NF4Linear(make_weight(sum(WIDTHS), K), torch.randn(sum(WIDTHS)))
-    return LoraLinear(base, TABLE.sites[0], LoraBatch(store, max_tokens=64, max_segments=8))
+    return LoraLinear(base, TABLE.sites[0], LoraBatch(store, max_tokens=80, max_segments=8))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,10 @@ def linear() -> LoraLinear:
         ([(-1, 1), (0, 1), (1, 2)], True),
         ([(1, 1)], True),
         ([(8, 1), (9, 1)], True),  # with weights
-        ([(0, 5)], False),  # more rows than it is worth for
+        ([(0, 5), (1, 1)], False),  # more rows than it is worth for
+        ([(-1, 1), (0, 5)], True),  # but not where they share their adapter
+        ([(8, 5)], True),
+        ([(0, 65)], False),
         ([(-1, 1), (2, 1)], False),
         ([(3, 1)], False),
         ([(10, 1)], False),  # two passes

@@ -117,26 +117,27 @@ def test_sections_run_the_served_code_and_report_it(bench, measured, monkeypatch
         "bandwidth": {"copy": 3e12, "read": 3.1e12, "shortest_us": 2.0},
         "capture": decode.run_capture(measured),
         "decode": decode.run_decode(measured),
-        "engine": decode.run_engine(measured, seconds=0.0, new_tokens=6),
+        "engine": decode.run_engine(measured, seconds=0.0, new_tokens=40),
         "prefill": decode.run_prefill(measured),
         "chunks": decode.run_chunks(
-            measured, budgets=[(24, 2.0)], streams=4, new_tokens=40, arriving=2, arriving_tokens=30
+            measured, budgets=[(48, 2.0)], streams=4, new_tokens=60, arriving=2, arriving_tokens=30
         ),
         "switches": decode.run_switches(
-            measured, {1: ("lora_in_matmul",), 4: ("lora_side_stream", "dependent_launch")}
+            measured, [(1, 1, ("lora_in_matmul",)), (4, 4, ("lora_side_stream", "dependent_launch"))]
         ),
-        "launches": decode.run_launches(measured, batch=4),
+        "launches": decode.run_launches(measured, batch=4, mixed_rows=20),
     }
     assert [(row["batch"], row["side"]) for row in sections["decode"]] == [
         (1, "base"), (1, "one shared"), (4, "base"), (4, "one shared"), (4, "all distinct"),
     ]  # fmt: skip
     assert sections["decode"][4]["overhead"] == pytest.approx(0.2)
     assert all(row["tokens_per_s"] > 0 for row in sections["engine"])
-    assert sections["chunks"][0]["steps"] > 5
+    assert sections["chunks"][0]["steps"] > 5 and sections["chunks"][0]["replayed"] == 0  # on a CPU nothing is captured
     assert [list(row["device_us"]) for row in sections["switches"]] == [
         ["as served", "lora_in_matmul off", "no graphs"],
         ["as served", "lora_side_stream off", "dependent_launch off", "no graphs"],
     ]
+    assert "all distinct, 16 tokens of a prompt, no graphs" in sections["launches"]["sides"]
     result = json.loads(json.dumps({"sections": sections, "skipped": {"kernels": "failed: it broke"}}))
     text = bench.gpu_report.as_text(result)
     for words in ("1 one shared", "4 all distinct", "limit at 3.35 TB/s", "kernels: skipped, failed: it broke"):
@@ -233,7 +234,8 @@ def test_matmuls_of_captured_steps_are_compiled_before(bench, monkeypatch):
     ((tiles, _, _, lora),) = compiled
     assert found == {"tiles": len(tiles), "with LoRA": len(lora)}
     assert {tile.rows for tile in tiles} >= {8, 16, 32, 64}
-    assert [job.rows for _, job in lora] == [1, 2, 4] * 4  # sites
+    assert [job.rows for _, job in lora if not job.one_slot] == [1, 2, 4] * 4  # sites
+    assert [job.rows for _, job in lora if job.one_slot] == list(range(8, 65, 8)) * 4
     assert {job.widths for _, job in lora} == {(4096, 1024, 1024), (4096,), (14336, 14336)}
 
 
@@ -241,7 +243,7 @@ def test_matmuls_of_captured_steps_are_compiled_before(bench, monkeypatch):
 def test_matmuls_with_lora_compile_without_a_device(bench, tmp_path):
     """What `compile_tiles` starts, in one process, whose errors it would not show."""
     nf4_compile = pytest.importorskip("nf4_compile")
-    job = nf4_compile.LoraJob(2, 512, (128, 64), 16, 3)
+    job = nf4_compile.LoraJob(2, 512, (128, 64), 16, 3, False)
     run = subprocess.run(
         [sys.executable, nf4_compile.__file__, "9", "0", "1"],
         input=json.dumps([[(8, 64, 2, 4, 3), job]]),

@@ -1,4 +1,4 @@
-"""Two runners over the same base and adapters, one eager and one that captures decode steps: both answer every step."""
+"""Two runners over the same base and adapters, one eager and one that captures steps: both answer every step."""
 
 import itertools
 import random
@@ -11,8 +11,10 @@ from lorikeet.adapters.layers import LoraLinear
 from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.engine.graph_capture import CaptureBackend, CudaCapture
+from lorikeet.server.engine.graph_sizes import GraphSizes
 from lorikeet.server.engine.runner import Runner
 from lorikeet.server.engine.scheduler import ScheduledRequest, ScheduledStep
+from lorikeet.server.engine.step_graphs import start_shapes
 from torch import Tensor
 
 from ..adapters.hand_made import HandMade
@@ -20,7 +22,7 @@ from ..base.family_models import VOCAB, save_family
 from ..devices import CPU
 from .adapted_runner import Stream
 
-BLOCK, MAX_ROWS, MAX_BLOCKS, MAX_SLOTS = 8, 12, 6, 10
+BLOCK, MAX_ROWS, MAX_TOKENS, MAX_BLOCKS, MAX_SLOTS = 8, 12, 72, 6, 10
 # (dtype fp32, tolerance) of logits: padding changes how matmuls are grouped, on CUDA also which kernel computes them.
 CPU_TOLERANCE, CUDA_TOLERANCE = 1e-5, 1e-4
 
@@ -54,7 +56,7 @@ class GraphWorld:
         self.now = 100.0
         self.base = load_base(str(directory), device=device, compute_dtype=torch.float32, progress=False)
         self.store = DeviceStore(self.base.site_table, torch.float32, device, 16 * 2**20, MAX_SLOTS)
-        self.lora = LoraBatch(self.store, max_tokens=256, max_segments=MAX_ROWS)
+        self.lora = LoraBatch(self.store, max_tokens=MAX_TOKENS, max_segments=MAX_ROWS)
         self.base.wrap_sites(lambda linear, site: LoraLinear(linear, site, self.lora))
         self.backend: CaptureBackend = CudaCapture(device) if device.type == "cuda" else Rerun()
         self.tolerance = CUDA_TOLERANCE if device.type == "cuda" else CPU_TOLERANCE
@@ -62,6 +64,8 @@ class GraphWorld:
         self.eager, self.graphed = (self._runner(capture) for capture in (None, self.backend))
         assert self.graphed._graphs is not None
         self.graphs = self.graphed._graphs
+        sizes = GraphSizes(MAX_TOKENS, MAX_ROWS).all()
+        self.num_at_start = sum(len(start_shapes(self.graphs._lora.full_shape, size)) for size in sizes)
         self.graphs._clock = lambda: self.now
         self._numbers = itertools.count()
 
@@ -70,7 +74,7 @@ class GraphWorld:
             self.base,
             self.lora,
             self.base.new_kv_cache(MAX_ROWS * MAX_BLOCKS, BLOCK),
-            max_tokens=256,
+            max_tokens=MAX_TOKENS,
             max_requests=MAX_ROWS,
             max_blocks=MAX_BLOCKS,
             expand=lambda slot: self.compositions[slot],
@@ -106,21 +110,32 @@ class GraphWorld:
         self.rng.shuffle(blocks)
         return Stream(tokens, slot, (), blocks)
 
-    def step(self, streams: Sequence[Stream], num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """One token of each (or `num_tokens`), by both runners: their logits, rows in the order of the slots."""
+    def step(self, streams: Sequence[Stream], *num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Some tokens of each stream, by both runners: their logits, rows in the order of the slots.
+
+        `num_tokens` are those of each, or one number for all (left out: 1).
+        A stream samples where these are the last tokens that it has; it gets a token where it has none left.
+        """
         items = []
-        for stream in sorted(streams, key=lambda stream: stream.slot):
-            count = num_tokens or 1
-            while len(stream.tokens) < stream.done + count:
+        counts = num_tokens if len(num_tokens) > 1 else (num_tokens or (1,)) * len(streams)
+        wanted = zip(streams, counts, strict=True)
+        for stream, count in sorted(wanted, key=lambda pair: pair[0].slot):
+            if stream.done == len(stream.tokens):
                 stream.tokens.append(self.rng.randrange(VOCAB))
-            items.append(ScheduledRequest(stream, stream.done, count, True))  # type: ignore[arg-type]
-            stream.done += count
+            start, stream.done = stream.done, stream.done + count
+            assert stream.done <= len(stream.tokens)
+            samples = stream.done == len(stream.tokens)
+            items.append(ScheduledRequest(stream, start, count, samples))  # type: ignore[arg-type]
         step = ScheduledStep(items)
         return self.eager.forward(step).cpu(), self.graphed.forward(step).to(CPU, copy=True)
 
-    def check(self, streams: Sequence[Stream], num_tokens: int | None = None) -> bool:
-        """Both runners agree on a step; whether it was replayed."""
+    def check(self, streams: Sequence[Stream], *num_tokens: int) -> bool:
+        """Both runners agree on a step, and on what it wrote to the cache; whether it was replayed."""
         before = self.graphs.stats.num_replays
-        want, got = self.step(streams, num_tokens)
+        want, got = self.step(streams, *num_tokens)
         torch.testing.assert_close(got, want, atol=self.tolerance, rtol=self.tolerance)
+        for name in ("keys", "values"):
+            caches = (getattr(runner._cache, name) for runner in (self.eager, self.graphed))
+            for one, other in zip(*caches, strict=True):
+                torch.testing.assert_close(other, one, atol=self.tolerance, rtol=self.tolerance)
         return self.graphs.stats.num_replays > before

@@ -27,7 +27,7 @@ class Bench:
     `service` is what each adapter received, in weighted tokens, counted here from the steps.
     """
 
-    def __init__(self, num_blocks: int = 1000, weights: dict[str, float] | None = None, **options) -> None:
+    def __init__(self, num_blocks: int = 200, weights: dict[str, float] | None = None, **options) -> None:
         limits = {adapter_id: AdapterLimits(weight) for adapter_id, weight in (weights or {}).items()}
         self.adapters = FakeAdapters(16)
         options = {"max_running": 4, "token_budget": 16, "max_wait_s": NEVER_S, **options}

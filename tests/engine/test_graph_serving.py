@@ -1,13 +1,17 @@
-"""A whole server answers the same with captured decode steps as without, while adapters come, go and are replaced."""
+"""A whole server answers the same with captured steps as without, while adapters and long prompts come and go."""
 
+import random
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lorikeet.server.app import App, capture_backend
 from lorikeet.server.config import ServerConfig
 from lorikeet.server.engine.graph_capture import CaptureBackend
+from lorikeet.server.engine.runner import Runner
 
 from ..conftest import TINY_ADAPTERS
 from ..devices import CPU, GPU
@@ -26,6 +30,50 @@ def answers(app: App) -> list[list[int]]:
         for name in names
     ]
     return [call.result().token_ids for call in calls]
+
+
+def beside_decodes(app: App) -> list[list[int]]:
+    """Greedy tokens of streams that decode while long prompts come in, and of these."""
+    draw = random.Random(2)
+    prompts = [[draw.randrange(3, 250) for _ in range(length)] for length in (3, 17, 5, 9, 260, 130, 64, 331)]
+    names = ["", *TINY_ADAPTERS]
+    calls = [Call(app, f"d{i}", names[i], prompt, greedy_params(150)) for i, prompt in enumerate(prompts[:4])]
+    deadline = time.monotonic() + 60
+    while not all(call.request.output_token_ids for call in calls):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    calls += [Call(app, f"p{i}", names[i], prompt, greedy_params(25)) for i, prompt in enumerate(prompts[4:])]
+    found = [call.result(30).token_ids for call in reversed(calls)]
+    # Begins as the first long one does, which is in the prefix cache by then.
+    return [*found, Call(app, "again", names[0], prompts[4][:200] + prompts[0], greedy_params(3)).result().token_ids]
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu, id="cuda")])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_slowdown": 2.0}, {"kv_cache_bytes": "544KiB"}], ids=["all", "bound", "preempted"]
+)
+def test_greedy_tokens_of_decodes_beside_long_prompts(
+    settings: dict[str, Any],
+    device: torch.device,
+    tiny_model: Path,
+    tiny_adapters: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorikeet.server.app.capture_backend", lambda config, device: backend_of(config, device))
+    eager: list[int] = []
+    run = Runner._run_eagerly
+    monkeypatch.setattr(Runner, "_run_eagerly", lambda self, step: (eager.append(step.num_tokens), run(self, step))[1])
+    found = {}
+    for graphs in (False, True):
+        eager.clear()
+        sizes = {"step_tokens": 128, "max_running": 12, "cuda_graphs": graphs}
+        with serving(tiny_model, tiny_adapters, device=device, **sizes, **settings) as app:
+            for name in TINY_ADAPTERS:
+                app.manager.load(name)
+            found[graphs] = beside_decodes(app)
+            preempted = app.engine.stats().num_preemptions
+    assert found[True] == found[False] and (preempted > 0) == ("kv_cache_bytes" in settings)
+    assert not eager, "every step is captured, prompts included"
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu, id="cuda")])

@@ -1,4 +1,4 @@
-"""Captured decode steps, padded and replayed with other adapters than at capture, answer as eager ones do."""
+"""Captured steps, padded and replayed with other adapters than at capture, answer as eager ones do: mostly decodes."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from lorikeet.adapters.lora_shape import NO_LORA, LoraShape
 from lorikeet.server.engine import step_graphs
-from lorikeet.server.engine.step_graphs import MAX_GRAPH_ROWS, bucket_sizes
+from lorikeet.server.engine.step_graphs import start_shapes
 from torch import Tensor
 
 from ..base.family_models import VOCAB
@@ -29,18 +29,8 @@ def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def capture(world: GraphWorld) -> None:
     world.graphed.capture_graphs()
-    assert world.graphs.stats.num_graphs == 2 * len(bucket_sizes(MAX_ROWS)) == 10
+    assert world.graphs.stats.num_graphs == world.num_at_start
     assert not world.graphs.stats.failure
-
-
-def test_buckets() -> None:
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(3) == [1, 2, 3]
-    assert bucket_sizes(MAX_ROWS) == [1, 2, 4, 8, 12]
-    assert bucket_sizes(20) == [1, 2, 4, 8, 16, 20]
-    for size in (*range(1, 140), 300, MAX_GRAPH_ROWS, 4096):
-        sizes = bucket_sizes(size)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == min(size, MAX_GRAPH_ROWS) and len(sizes) < 32
 
 
 def test_random_mixes_with_compaction_and_replacement_between_steps(world: GraphWorld) -> None:
@@ -70,7 +60,7 @@ def test_random_mixes_with_compaction_and_replacement_between_steps(world: Graph
             slots.append(world.install(12))
     assert replays >= 9
     # All plain adapters of ranks up to 16 run on what was captured before there was one.
-    assert world.graphs.stats.num_graphs == 10
+    assert world.graphs.stats.num_graphs == world.num_at_start
 
 
 def test_captured_with_one_adapter_replayed_with_as_many_as_rows(llama: GraphWorld) -> None:
@@ -83,7 +73,23 @@ def test_captured_with_one_adapter_replayed_with_as_many_as_rows(llama: GraphWor
     many = [llama.stream(place, slot, 5) for place, slot in enumerate(slots)]
     llama.check(many, 5)
     assert llama.check(many) and llama.check(many[::2]) and llama.check(many[:1])
-    assert llama.graphs.stats.num_graphs == 10
+    assert llama.graphs.stats.num_graphs == llama.num_at_start
+
+
+def test_rows_that_share_an_adapter_have_graphs_of_their_own(llama: GraphWorld) -> None:
+    capture(llama)
+    one, other = llama.install(9), llama.install(16)
+    streams = [llama.stream(place, one if place < 4 else -1, 1) for place in range(7)]
+    half = llama.compose((one, 1.0))
+    assert llama.check(streams) and llama.check([*streams, llama.stream(7, half, 1)])
+    used = [key for key in llama.graphs._replays if key.shape.one_slot][-1]
+    assert used.size == (8, 8) and list(llama.graphs._replays)[-1] == used
+    assert llama.check([*streams[1:], llama.stream(8, other, 1)])
+    assert not list(llama.graphs._replays)[-1].shape.one_slot
+    assert llama.check(streams[:4])  # so few that it makes no difference
+    assert not list(llama.graphs._replays)[-1].shape.one_slot
+    del llama.graphs._replays[used]
+    assert llama.check(streams)  # another one covers it
 
 
 def test_rows_of_the_base_are_the_same_bit_for_bit_whatever_adapters_are_beside_them(llama: GraphWorld) -> None:
@@ -103,12 +109,11 @@ def test_steps_that_are_not_captured_run_eagerly_and_right(llama: GraphWorld) ->
     head = llama.base.module_table.head
     own = llama.install(2, change=lambda a: a.weight(head, weight=a.randn(VOCAB, 128, std=0.1)))
     huge = llama.install(300, "o_proj")
-    assert not llama.check([llama.stream(0, plain, 7)], 7)  # a chunk
     assert not llama.check([llama.stream(0, llama.compose((plain, 0.5), (other, 0.5)), 1)])
     assert not llama.check([llama.stream(0, own, 1), llama.stream(1, -1, 1)])
     assert not llama.check([llama.stream(0, huge, 1)])
     assert llama.check([llama.stream(0, plain, 1), llama.stream(1, -1, 1)])
-    assert llama.graphs.stats.num_graphs == 10
+    assert llama.graphs.stats.num_graphs == llama.num_at_start
 
 
 @pytest.mark.parametrize("what", ["rank", "affine", "weighted", "head"])
@@ -128,7 +133,7 @@ def test_other_shapes_get_a_graph_once_they_came_often_and_no_more_than_one_a_se
     llama.now += 2
     cache = [tensor.clone() for tensor in llama.graphed._cache.keys]
     assert llama.check(streams)
-    assert llama.graphs.stats.num_graphs == 11
+    assert llama.graphs.stats.num_graphs == llama.num_at_start + 1
     for before, after in zip(cache, llama.graphed._cache.keys, strict=True):  # the step's own two tokens, no more
         assert int((before != after).any(dim=-1).any(dim=0).sum()) == 2
     plain = llama.install(7)
@@ -148,9 +153,9 @@ def test_shape_that_a_larger_one_covers_runs_on_it_until_it_came_many_times(
     stream = llama.stream(0, slot, 1)
     for _ in range(9):
         stream.done = 0
-        assert llama.check([stream]) and llama.graphs.stats.num_graphs == 10
+        assert llama.check([stream]) and llama.graphs.stats.num_graphs == llama.num_at_start
     stream.done = 0
-    assert llama.check([stream]) and llama.graphs.stats.num_graphs == 11
+    assert llama.check([stream]) and llama.graphs.stats.num_graphs == llama.num_at_start + 1
     stream.done = 0
     assert llama.check([stream])
     assert [key.shape.kinds for key in llama.graphs._replays][-1] == {"o_proj"}
@@ -158,22 +163,22 @@ def test_shape_that_a_larger_one_covers_runs_on_it_until_it_came_many_times(
 
 def test_least_recently_used_graph_makes_place(llama: GraphWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     capture(llama)
-    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 10)
+    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", llama.num_at_start)
     monkeypatch.setattr(step_graphs, "_SIGHTINGS_COVERED", 5)
     first = next(iter(llama.graphs._replays))
     stream = llama.stream(0, llama.install(50), 1)
     for _ in range(4):
         llama.now += 1
         llama.check([stream])
-    assert llama.graphs.stats.num_graphs == 10 and first not in llama.graphs._replays
+    assert llama.graphs.stats.num_graphs == llama.num_at_start and first not in llama.graphs._replays
     # What was captured for it is captured again when it comes.
-    rows = [llama.stream(place, -1, 1) for place in range(first.num_rows)]
+    rows = [llama.stream(place, -1, 1) for place in range(first.size.requests)]
     for _ in range(5):
         llama.now += 1
         for row in rows:
             row.done = 0
         llama.check(rows)
-    assert first in llama.graphs._replays and llama.graphs.stats.num_graphs == 10
+    assert first in llama.graphs._replays and llama.graphs.stats.num_graphs == llama.num_at_start
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("capture invalidated")])
@@ -205,33 +210,35 @@ def test_failure_while_serving_keeps_the_graphs_that_there_are(tmp_path) -> None
     for _ in range(5):
         world.now += 10
         assert not world.check([big])
-    assert world.graphs.stats.failure and world.graphs.stats.num_graphs == 10
+    assert world.graphs.stats.failure and world.graphs.stats.num_graphs == world.num_at_start
     assert world.check([plain])
 
 
 def test_everything_that_a_graph_reads_stays_where_it_is(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses and sizes that the model sees when a graph is captured are those of every step that it replays."""
     world = GraphWorld("llama", tmp_path)
-    seen: dict[int, set[tuple[object, ...]]] = {}
+    seen: dict[tuple[int, int], set[tuple[object, ...]]] = {}
     logits = world.base.logits
 
     def spy(ids: Tensor, positions: Tensor, **kwargs) -> Tensor:
         paged = kwargs["paged"]
-        if paged.cache is world.graphed._cache and "rows" not in kwargs:
+        if paged.cache is world.graphed._cache and "overrides" not in kwargs:
             tensors = [ids, positions, paged.kv_slots, paged.query_starts, paged.context_lens, paged.block_tables]
+            tensors += [] if kwargs["rows"] is None else [kwargs["rows"]]
             sizes = [paged.max_query_len, paged.max_context_len]
             for each in world.lora.passes:
-                assert each.flat is each.sampled
-                tensors += [each.flat.starts, each.flat.slots]
-                sizes += [*each.max_ranks, each.affines, each.flat.weights]
+                assert (each.flat is each.sampled) == (paged.max_query_len == 1)
+                tensors += [each.flat.starts, each.flat.slots, each.sampled.starts, each.sampled.slots]
+                sizes += [*each.max_ranks, each.affines, each.has_one_slot, each.flat.weights, each.sampled.weights]
             view = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
-            seen.setdefault(ids.shape[1], set()).add((view, tuple(sizes)))
+            seen.setdefault((ids.shape[1], len(paged.context_lens)), set()).add((view, tuple(sizes)))
         return logits(ids, positions, **kwargs)
 
     monkeypatch.setattr(type(world.base), "logits", lambda self, *args, **kwargs: spy(*args, **kwargs))
     capture(world)
-    at_capture = {rows: set(views) for rows, views in seen.items()}
-    assert all(len(views) == 2 for views in at_capture.values())
+    at_capture = {size: set(views) for size, views in seen.items()}
+    shapes = {size: start_shapes(world.graphs._lora.full_shape, size) for size in world.graphs._sizes.all()}
+    assert {size: len(views) for size, views in at_capture.items()} == {size: len(of) for size, of in shapes.items()}
     slots = [world.install(rank) for rank in (1, 2, 16, 9)]
     for number in (1, 2, 3, 6, 7, 9, MAX_ROWS):
         streams = [world.stream(place, slots[place % 4] if place % 5 else -1, 1) for place in range(number)]
@@ -240,13 +247,18 @@ def test_everything_that_a_graph_reads_stays_where_it_is(tmp_path, monkeypatch: 
             world.store.remove(slots[0])
             slots[0] = world.install(11)
             world.store.compact()
+        # Whole prompts of a few of them, the beginnings of others, and the rest decode.
+        prompts = [world.stream(place, stream.slot, 1 + place) for place, stream in enumerate(streams[:8])]
+        counts = [place // 2 + 1 for place in range(len(prompts))] + [1] * (number - len(prompts))
+        assert world.check([*prompts, *streams[8:]], *counts)
     assert seen == at_capture
 
 
 def test_shapes_cover_what_they_can_compute() -> None:
     kinds = frozenset(("a", "b"))
     full = LoraShape(16, kinds, True, True)
-    for part in (NO_LORA, LoraShape(3, kinds), LoraShape(16, frozenset("a"), True), LoraShape(1, kinds, weighted=True)):
+    parts = (NO_LORA, LoraShape(3, kinds), LoraShape(16, frozenset("a"), True), LoraShape(1, kinds, weighted=True))
+    for part in (*parts, LoraShape(16, kinds, True, True, one_slot=True)):
         assert full.covers(part) and not part.covers(full) and full.cost > part.cost
     assert LoraShape(17, kinds).rounded_up() == LoraShape(64, kinds)
     assert LoraShape(0, kinds, affine=True).rounded_up() == LoraShape(0, kinds, affine=True)

@@ -145,6 +145,7 @@ def _nf4_lora_linear(
     max_rank: int,
     slice_widths: Sequence[int],
     seg_weights: Tensor | None = None,
+    one_slot: bool = False,
 ) -> Tensor:
     tables = slot_offsets, ranks, seg_starts, seg_slots
     y = _nf4_linear(x, codes, absmax, code_map, scales, offsets, sum(slice_widths), one_offset, bias)

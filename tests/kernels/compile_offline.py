@@ -63,12 +63,13 @@ def main() -> None:
 
     JITFunction.run = run
     lora(512, torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float32):
-        lora(64, dtype)
-        fused(dtype)
-    for max_query_len in (1, 100):
+    # What differs from a kernel further down in waiting only is compiled there.
+    lora(64, torch.float32)
+    fused(torch.float32)
+    # Decodes, long chunks, and chunks so short that their contexts are split.
+    for max_query_len in (1, 100, 16):
         attention(max_query_len)
-    nf4_matmul((GemmTile(8, 64, 4, 4, 4), GemmTile(16, 128, 2, 4, 3), GemmTile(64, 64, 1, 4, 3)))
+    nf4_matmul((GemmTile(16, 128, 2, 4, 3), GemmTile(64, 64, 1, 4, 3)))
     nf4_triton.nf4_dequantize_(torch.empty(512, 4096, dtype=torch.bfloat16), *nf4_weight(512, 4096), 0)
     # As in a graph whose kernels start before those in front of them have ended.
     overlap.switches.lora_side_stream = False
@@ -79,9 +80,10 @@ def main() -> None:
     lora(64, torch.bfloat16)
     attention(1)
     nf4_matmul((GemmTile(8, 64, 4, 4, 4), GemmTile(32, 128, 1, 4, 3)))
-    for num_rows, weights in ((1, None), (4, torch.ones(4))):
-        nf4_lora(num_rows, GemmTile(8, 64, 4, 4, 4), weights)
-    nf4_lora(1, GemmTile(8, 64, 1, 4, 4), None)
+    nf4_lora(1, GemmTile(8, 64, 4, 4, 4), None)
+    nf4_lora(4, GemmTile(8, 64, 1, 4, 4), torch.ones(4))
+    nf4_lora(16, GemmTile(16, 128, 2, 4, 3), torch.ones(16), one_slot=True)
+    nf4_lora(64, GemmTile(64, 64, 1, 4, 3), None, one_slot=True)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -165,7 +167,7 @@ def nf4_matmul(tiles: Sequence[GemmTile]) -> None:
         nf4_triton.nf4_gemm(torch.empty(tile.rows, k, dtype=torch.bfloat16), *nf4_weight(n, k), n, None, tile)
 
 
-def nf4_lora(num_rows: int, tile: GemmTile, weights: torch.Tensor | None) -> None:
+def nf4_lora(num_rows: int, tile: GemmTile, weights: torch.Tensor | None, *, one_slot: bool = False) -> None:
     n, k, widths = 768, 4096, [512, 128, 128]
     lora_nf4_triton.nf4_lora_gemm(
         torch.empty(num_rows, k, dtype=torch.bfloat16),
@@ -180,6 +182,7 @@ def nf4_lora(num_rows: int, tile: GemmTile, weights: torch.Tensor | None) -> Non
         48,
         widths,
         weights,
+        one_slot,
     )
 
 

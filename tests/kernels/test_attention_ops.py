@@ -15,6 +15,7 @@ from .attention_cases import (
     FP32,
     TOLERANCES,
     Case,
+    Step,
     assert_attends,
     assert_writes,
     every_case,
@@ -126,6 +127,17 @@ class TestInterpreted:
             make_step(case, FP32), lambda *args: attention_triton.paged_attention(*args, num_splits=num_splits)
         )
 
+    @pytest.mark.parametrize(("num_splits", "window", "dtype"), [(2, 0, FP32), (3, 40, FP16)])
+    def test_split_contexts_of_chunks_join(self, num_splits: int, window: int, dtype: torch.dtype) -> None:
+        """Some rows of a tile see no key of a split, decodes beside them fewer keys than there are splits."""
+        from lorikeet.kernels import attention_triton
+
+        sequences = ((1, 90), (7, 110), (0, 5), (1, 2))
+        case = Case("split", sequences, num_kv_heads=1, window=window, padding_rows=2)
+        assert_attends(
+            make_step(case, dtype), lambda *args: attention_triton.paged_attention(*args, num_splits=num_splits)
+        )
+
     @pytest.mark.parametrize("sequences", [((1, 90), (0, 0)), ((0, 0), (0, 0))])
     def test_rows_of_no_sequence_are_left_alone(self, sequences: tuple[tuple[int, int], ...]) -> None:
         """Those of a graph's padding: no split is joined for them."""
@@ -145,6 +157,10 @@ class TestInterpreted:
         cpu = torch.device("cpu")  # taken for an H100, with 132 multiprocessors
         assert [_choose_splits(cpu, batch * 8, 8192) for batch in (1, 2, 16, 32, 64, 500)] == [32, 32, 4, 2, 1, 1]
         assert [_choose_splits(cpu, 8, context) for context in (1, 255, 1024, 2**20)] == [1, 1, 4, 32]
+        # Of steps with chunks, by the rows and requests that they are captured for.
+        sizes = ((64, 8), (64, 24), (128, 24), (256, 24), (4096, 16))
+        found = [_choose_splits(cpu, (tokens // 16 + requests) * 8, 8192) for tokens, requests in sizes]
+        assert found == [5, 2, 2, 1, 1]
 
     @pytest.mark.parametrize("name", ["mixed", "mha", "head-dim-48", "padding", "no-sequence", "no-sequence-padding"])
     @every_dtype(FP32, FP16, BF16)
@@ -152,6 +168,17 @@ class TestInterpreted:
         from lorikeet.kernels import kv_write_triton
 
         assert_writes(make_step(CASE[name], dtype), kv_write_triton.kv_write_)
+
+
+def refill(args: list, step: Step) -> None:
+    """Put another step into the tensors of a captured one; what it has no blocks for is poisoned."""
+    blocks, width = step.k_cache.shape[1], step.block_tables.shape[1]
+    args[0].copy_(step.q)
+    args[1].fill_(float("nan"))[:, :blocks].copy_(step.k_cache)
+    args[2].fill_(float("nan"))[:, :blocks].copy_(step.v_cache)
+    args[3].copy_(step.query_starts)
+    args[4].copy_(step.context_lens)
+    args[5].zero_()[:, :width].copy_(step.block_tables)
 
 
 @pytest.mark.gpu
@@ -197,16 +224,43 @@ class TestGpu:
         for seed, contexts in enumerate(((5, 899, 12, 300), (64, 1, 3, 2)), start=1):
             rows = (1, 1, 0, 1)
             step = make_step(Case("replayed", tuple(zip(rows, contexts, strict=True)), block_size=16), dtype, seed)
-            blocks, width = step.k_cache.shape[1], step.block_tables.shape[1]
-            args[0].copy_(step.q)
-            args[1].fill_(float("nan"))[:, :blocks].copy_(step.k_cache)
-            args[2].fill_(float("nan"))[:, :blocks].copy_(step.v_cache)
-            args[3].copy_(step.query_starts)
-            args[4].copy_(step.context_lens)
-            args[5].zero_()[:, :width].copy_(step.block_tables)
+            refill(args, step)
             graph.replay()
             atol, rtol = TOLERANCES[dtype]
             torch.testing.assert_close(out.float().cpu(), step.reference(), atol=atol, rtol=rtol)
+
+    @every_dtype(FP32, BF16)
+    @pytest.mark.parametrize("num_kv_heads", [1, 8])
+    def test_captured_step_with_chunks_replays_with_other_rows(self, dtype: torch.dtype, num_kv_heads: int) -> None:
+        """Of 64 rows and 6 sequences, whatever rows these have; split contexts, with one KV head more of them."""
+        shape = {"num_kv_heads": num_kv_heads, "group": 4, "head_dim": 64, "block_size": 16}
+
+        def padded(name: str, sequences: tuple[tuple[int, int], ...], seed: int) -> Step:
+            case = Case(name, sequences, **shape, padding_rows=64 - sum(rows for rows, _ in sequences))
+            return make_step(case, dtype, seed)
+
+        captured = padded("captured", ((64, 900), *[(0, 900)] * 5), 0)
+        args = list(captured.attention_args("cuda"))
+        args[7] = 8192  # of the model
+        with overlap.rehearsal():
+            attention.paged_attention(*args)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention.paged_attention(*args)
+        replays = (
+            ((1, 800), (1, 3), (40, 700), (1, 1), (1, 90), (0, 0)),
+            ((30, 30), (1, 640), (20, 500), (0, 0), (0, 0), (0, 0)),
+            ((1, 5), (1, 6), (1, 7), (1, 8), (1, 9), (1, 900)),
+            (((0, 0),) * 6),
+        )
+        for seed, sequences in enumerate(replays, start=1):
+            step = padded("replayed", sequences, seed)
+            refill(args, step)
+            graph.replay()
+            owned = int(step.query_starts[-1])
+            atol, rtol = TOLERANCES[dtype]
+            torch.testing.assert_close(out[:owned].float().cpu(), step.reference()[:owned], atol=atol, rtol=rtol)
 
     def test_no_call_waits_for_the_device(self) -> None:
         decode, mixed = make_step(CASE["decodes"], BF16), make_step(CASE["mixed"], BF16)

@@ -35,13 +35,13 @@ def plain(case, weight, bias=None):
     return y
 
 
-def check(case, weight, tile, bias=None):
+def check(case, weight, tile, bias=None, one_slot=False):
     """The fused launch against the references and the matmul alone; twice, since counters must be left at zero."""
     from lorikeet.kernels import lora_nf4_triton, nf4_triton
 
     assert lora_nf4_triton.can_fuse(len(case.x), tile, case.slice_widths)
     args = (case.x, *tensors_of(weight), bias, tile, case.arena, *case.tables, case.max_rank, case.slice_widths)
-    y, again = (lora_nf4_triton.nf4_lora_gemm(*args, case.weights) for _ in range(2))
+    y, again = (lora_nf4_triton.nf4_lora_gemm(*args, case.weights, one_slot) for _ in range(2))
     assert torch.equal(bits(y), bits(again))
     assert not nf4_triton.arrivals(case.x.device).any()
     atol, rtol = TOLERANCES[y.dtype]
@@ -76,6 +76,28 @@ def test_equals_the_references(fused, form, segments, padding, k, tile):
     check(case, make_weight(128, k, form, DEVICE), tile)
 
 
+@pytest.mark.parametrize(
+    ("form", "segments", "padding", "k", "tile", "dtype"),
+    [
+        ("plain", [(1, 5)], 0, 192, GemmTile(8, 32, 1, 1, 2, "gather"), torch.float32),
+        ("nested", [(3, 1), (-1, 3), (3, 9), (-1, 1)], 2, 576, GemmTile(16, 32, 2, 1, 2, "gather"), torch.float16),
+        ("stacked", [(-1, 2), (0, 9)], 1, 320, GemmTile(32, 32, 2, 1, 2, "gather"), torch.float32),
+        ("nested", [(1, 33), (-1, 8)], 0, 192, GemmTile(64, 32, 1, 1, 2, "gather"), torch.float16),
+        ("plain", [(-1, 7), (2, 3)], 2, 192, GemmTile(16, 32, 1, 1, 2, "gather"), torch.float32),
+        ("plain", [(-1, 12)], 1, 192, GemmTile(16, 32, 1, 1, 2, "gather"), torch.float32),
+    ],
+    ids=str,
+)
+def test_one_slot_beside_base_rows(fused, form, segments, padding, k, tile, dtype):
+    """As many rows as a tile has; ranks that are none, one tile, and several; weights, one for each segment."""
+    torch.manual_seed(k)
+    case = make_case(
+        segments, in_features=k, slice_widths=(64, 32, 32), ranks=RANKS, padding_rows=padding, aligned=form == "nested",
+        dtype=dtype, device=str(DEVICE),
+    )  # fmt: skip
+    check(case, make_weight(128, k, form, DEVICE), tile, one_slot=True)
+
+
 def test_half_precision_bias_and_one_slice(fused):
     torch.manual_seed(3)
     case = make_case(
@@ -105,7 +127,7 @@ def test_operator_equals_its_parts_and_passes_opcheck():
     torch.testing.assert_close(y, plain(case, weight), atol=1e-4, rtol=1e-5)
     assert torch.equal(y[1], nf4_linear(case.x, weight)[1])
     operator = torch.ops.lorikeet.nf4_lora_linear
-    torch.library.opcheck(operator, (case.x, *tensors_of(weight), has_one_offset(weight), None, *args))
+    torch.library.opcheck(operator, (case.x, *tensors_of(weight), has_one_offset(weight), None, *args, False))
     with pytest.raises(RuntimeError, match="slice_widths must be 3 widths"):
         operator(case.x, *tensors_of(weight), True, None, *args[:-2], [64])
 
@@ -148,11 +170,11 @@ class Chain:
         self.x.normal_()
         torch.cuda.synchronize()
 
-    def run(self, linear):
+    def run(self, linear, *more):
         x = self.x
         for case, weight in zip(self.cases, self.weights, strict=True):
             tables = (case.arena, *case.tables[:2], self.starts, self.slots, case.max_rank, case.slice_widths)
-            y = linear(x, weight, None, *tables)
+            y = linear(x, weight, None, *tables, *more)
             x = y / y.norm(dim=1, keepdim=True)
         self.out.copy_(x)
 
@@ -161,20 +183,43 @@ def apart(x, weight, bias, *tables):
     return lora_nf4._one_by_one(x, *tensors_of(weight), has_one_offset(weight), bias, *tables)
 
 
+def captured(chain, *more):
+    """The chain as a graph, captured without any adapter."""
+    chain.fill([-1] * chain.num_rows)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), overlap.rehearsal():
+        chain.run(lora_nf4.nf4_lora_linear, *more)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain.run(lora_nf4.nf4_lora_linear, *more)
+    return graph
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("num_rows", [5, 16, 24, 64])
+def test_graph_captured_without_adapters_replays_with_any_one(num_rows, dependent):
+    chain = Chain(num_rows)
+    with switched(dependent_launch=dependent):
+        graph = captured(chain, None, True)
+    for slot, first, last in ((0, 0, num_rows), (5, 2, num_rows), (7, 0, num_rows - 3), (3, 1, 2), (-1, 0, 0)):
+        chain.fill([slot if first <= row < last else -1 for row in range(num_rows)])
+        chain.run(apart)
+        want = chain.out.clone()
+        for _ in range(20):
+            chain.out.fill_(torch.nan)
+            graph.replay()
+            torch.testing.assert_close(chain.out, want, atol=4e-3, rtol=4e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
 def test_graph_captured_without_adapters_replays_with_any(num_rows, dependent):
     chain = Chain(num_rows)
-    chain.fill([-1] * num_rows)
     with switched(dependent_launch=dependent):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream), overlap.rehearsal():
-            chain.run(lora_nf4.nf4_lora_linear)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chain.run(lora_nf4.nf4_lora_linear)
+        graph = captured(chain)
     for slots in ([0] * 4, [1, 2, 3, 4], [-1, 5, 5, 7], [6, -1, -1, -1], [7, 6, -1, 0]):
         chain.fill(slots[:num_rows])
         chain.run(apart)
@@ -187,17 +232,20 @@ def test_graph_captured_without_adapters_replays_with_any(num_rows, dependent):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("k", "widths"), [(4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))])
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 4, 16, 64])
 def test_llama_shapes(num_rows, k, widths):
     torch.manual_seed(num_rows)
     ranks = [[16] * len(widths)] * 4
+    one_slot = num_rows > 4
+    segments = [(2, num_rows)] if one_slot else [(slot, 1) for slot in range(num_rows)]
     case = make_case(
-        [(slot, 1) for slot in range(num_rows)], in_features=k, slice_widths=widths, ranks=ranks, dtype=torch.bfloat16,
+        segments, in_features=k, slice_widths=widths, ranks=ranks, dtype=torch.bfloat16,
         aligned=True, padding_rows=0, device="cuda",
     )  # fmt: skip
     case.arena.mul_(8)  # so that deltas are as large as what the base gives
     weight = make_weight(sum(widths), k, "nested", DEVICE)
-    y = lora_nf4.nf4_lora_linear(case.x, weight, None, case.arena, *case.tables, case.max_rank, case.slice_widths)
+    args = (case.arena, *case.tables, case.max_rank, case.slice_widths)
+    y = lora_nf4.nf4_lora_linear(case.x, weight, None, *args, None, one_slot)
     want = apart_in_fp32(case, weight)
     assert torch.linalg.vector_norm(y.float() - want) < 8e-3 * torch.linalg.vector_norm(want)
     assert torch.linalg.vector_norm(nf4_linear(case.x, weight).float() - want) > 0.3 * torch.linalg.vector_norm(want)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.server.config import GIB, MIB, ServerConfig
-from lorikeet.server.engine.step_graphs import bucket_sizes
+from lorikeet.server.engine.graph_sizes import GraphSizes
 from lorikeet.server.errors import ConfigError
 from lorikeet.server.memory_plan import FreeMemory, MemorySettings, ModelSize, demands, plan_kv_cache
 from lorikeet.server.resolve import resolve_kv_blocks
@@ -38,7 +38,7 @@ def settings(**changes) -> MemorySettings:
         "step_tokens": 512,
         "max_running": 128,
         "max_blocks": 512,
-        "graph_rows": bucket_sizes,
+        "graph_sizes": GraphSizes,
     }
     return MemorySettings(**(values | changes))
 
@@ -51,8 +51,8 @@ def test_auto_takes_workspace_and_graphs_into_account():
     free = 70 * GIB
     planned = plan_kv_cache(LLAMA, settings(), device(free))
     assert planned == int(0.9 * (free - rest(settings())))
-    assert rest(settings()) > rest(settings(graph_rows=None)) + 2 * 19 * 8 * MIB
-    assert plan_kv_cache(LLAMA, settings(graph_rows=None), device(free)) > planned
+    assert rest(settings()) > rest(settings(graph_sizes=None)) + 88 * 8 * MIB
+    assert plan_kv_cache(LLAMA, settings(graph_sizes=None), device(free)) > planned
     for larger in ({"step_tokens": 8192}, {"max_running": 256}, {"adapter_device_bytes": GIB}, {"adapter_slots": 9999}):
         assert plan_kv_cache(LLAMA, settings(**larger), device(free)) < planned, larger
 
@@ -106,7 +106,8 @@ def test_error_says_what_is_needed_and_free_and_each_advice_is_enough_and_no_mor
                 plan_kv_cache(LLAMA, applied(base, name, one_more), free)
         if "--no-cuda-graphs" in message:
             seen.add("--no-cuda-graphs")
-            plan_kv_cache(LLAMA, settings(**{f: getattr(base, f) for f in base.__slots__} | {"graph_rows": None}), free)
+            without = {f: getattr(base, f) for f in base.__slots__} | {"graph_sizes": None}
+            plan_kv_cache(LLAMA, settings(**without), free)
         if not advice and "--no-cuda-graphs" not in message:
             seen.add("none")
             assert "together" in message and "larger device" in message
