@@ -1,7 +1,10 @@
 """A tiny random model and adapters for it, made once a session: real files in the real formats, in about a second."""
 
+import gc
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +29,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): tests that pytest-xdist keeps in one process")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`: golden tests of one family stay together, too, so that PEFT makes its adapters once."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    from .golden.conftest import FAMILIES
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            found = re.fullmatch(r"tests/golden/.*\[(\w+)\]", nodeid)
+            return f"golden {found[1]}" if found and found[1] in FAMILIES else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device; what takes long as a whole begins first."""
     # Else one process would end with minutes of them while the others have nothing left.
@@ -40,6 +60,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what all the modules hold, as a server does: it takes nearly a second."""
+    gc.collect()
+    gc.freeze()
+
+
 def _sample(items: list[pytest.Item], most: int) -> list[pytest.Item]:
     cases: dict[tuple[str, bool], list[pytest.Item]] = {}
     for item in items:
@@ -50,6 +76,13 @@ def _sample(items: list[pytest.Item], most: int) -> list[pytest.Item]:
         # The first and the last are the extremes of what a test is given.
         chosen |= {same[i * (len(same) - 1) // max(1, count - 1)] for i in range(count)}
     return [item for item in items if item in chosen]
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo base's quantized form is kept for all tests of this run, in whatever process."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demo-cache"
 
 
 @pytest.fixture(scope="session")

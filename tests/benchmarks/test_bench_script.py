@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from .gguf_models import save_gguf_model
-from .scripts import BENCHMARKS, run_script
+from .scripts import run_script
 
 pytest.importorskip("peft")
 SIZE = ("--streams", "1", "3", "--prompt", "8", "--tokens", "24", "--adapters", "2", "--rounds", "1", "--threads", "1")
@@ -75,19 +72,10 @@ def test_bench_result_names_no_path_of_the_machine(finished, tiny_model):
 
 
 def test_bench_runs_without_any_peer_and_names_both(tiny_model, tmp_path):
-    # Modules that are None in sys.modules cannot be found or imported, as if they were not installed.
-    hidden = "import runpy, sys; sys.modules.update(peft=None, llama_cpp=None); sys.path.insert(0, sys.argv[1]); "
-    hidden += "del sys.argv[0]; runpy.run_path(sys.argv[0] + '/bench.py', run_name='__main__')"
     size = (*SIZE[:1], "2", *SIZE[3:])
-    done = subprocess.run(
-        [sys.executable, "-c", hidden, BENCHMARKS, "--only", "peers", "--model", tiny_model, "--out", tmp_path, *size],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"PEFT mixed +missing: peft is not installed", done.stdout)
+    given = ("--only", "peers", "--model", tiny_model, "--out", tmp_path)
+    text = run_script("bench.py", *given, *size, hidden=("peft", "llama_cpp"))
+    assert re.search(r"PEFT mixed +missing: peft is not installed", text)
     result = json.loads((tmp_path / "bench_cpu.json").read_text())
     assert set(result["missing"]) == {"PEFT mixed", *LLAMA}
     assert "llama-cpp-python is not installed" in result["missing"]["llama.cpp base"]

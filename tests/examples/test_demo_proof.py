@@ -23,6 +23,7 @@ from lorikeet.server.config import default_cache_dir
 from lorikeet.server.golden_reference import encode
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..golden.in_process import serving
 from ..golden.peft_oracle import nf4_model
@@ -44,17 +45,20 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def references(prompts: list[list[int]]) -> dict[str, Tensor]:
-    """PEFT's logits by adapter, "" for none: those of LoRA on one base, AdaLoRA on another."""
+    """PEFT's logits by adapter, "" for none: those of LoRA first, and then, with these unloaded, of AdaLoRA."""
+
+    # All at once; a token sees none of those that fill up its row behind it.
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
 
     def rows(model: Any) -> Tensor:
         with torch.inference_mode():
-            return torch.stack([model(torch.tensor([ids]), use_cache=False).logits[0, -1].float() for ids in prompts])
+            return model(ids, use_cache=False).logits[torch.arange(len(prompts)), ends].float()  # type: ignore[no-any-return]
 
-    found: dict[str, Tensor] = {}
+    base: Any = nf4_model(BASE)
+    found = {"": rows(base)}
     methods = {name: json.loads((EXAMPLES / name / "adapter_config.json").read_text())["peft_type"] for name in NAMES}
     for method in sorted(set(methods.values())):
-        base = nf4_model(BASE)
-        found[""] = rows(base)
         first, *others = (name for name in NAMES if methods[name] == method)
         model = PeftModel.from_pretrained(base, str(EXAMPLES / first), adapter_name=first).eval()
         for name in others:
@@ -62,14 +66,16 @@ def references(prompts: list[list[int]]) -> dict[str, Tensor]:
         for name in (first, *others):
             model.set_adapter(name)
             found[name] = rows(model.eval())
+        base = model.unload()
+        assert torch.equal(rows(base), found[""])
     return found
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+def app(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> Iterator[App]:
     root, state = tmp_path_factory.mktemp("adapters"), tmp_path_factory.mktemp("state")
     sizes = {"kv_cache_bytes": "64MiB", "adapter_device_bytes": "64MiB"}
-    with serving(BASE, root, state_dir=state / "s", cache_dir=state / "c", **sizes) as app:
+    with serving(BASE, root, state_dir=state / "s", cache_dir=state / "c", base_cache=demo_cache, **sizes) as app:
         yield app
 
 

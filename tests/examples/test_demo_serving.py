@@ -21,7 +21,7 @@ from ..base.paged_driver import PagedDriver
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(p.name for p in (EXAMPLES / "adapters").iterdir() if p.is_dir())
 CACHE = Path(os.environ.get("LORIKEET_CACHE_DIR") or default_cache_dir())
-TOKENS = 320
+TOKENS = 160
 
 pytestmark = pytest.mark.skipif(
     not (CACHE / MODEL_DIR_NAME).is_dir(), reason="no demo base in the cache; `make demo` prepares it"
@@ -32,12 +32,12 @@ def perplexity(logits: torch.Tensor, tokens: list[int]) -> float:
     return math.exp(F.cross_entropy(logits[:-1], torch.tensor(tokens[1:])).item())
 
 
-def test_all_four_in_one_batch_each_lower_the_perplexity_of_their_own_text() -> None:
+def test_all_four_in_one_batch_each_lower_the_perplexity_of_their_own_text(demo_cache: Path) -> None:
     base = load_base(
         str(CACHE / MODEL_DIR_NAME),
         device=torch.device("cpu"),
         compute_dtype=torch.float32,
-        cache_dir=CACHE,
+        cache_dir=demo_cache,
         name=BASE_NAME,
         progress=False,
     )

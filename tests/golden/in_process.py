@@ -27,15 +27,18 @@ def serving(
     *,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
+    base_cache: Path | None = None,
     **settings: Any,
 ) -> Iterator[App]:
-    """Assemble and start; settings as in `ServerConfig`."""
+    """Assemble and start; base_cache is load_base's, settings are those of `ServerConfig`."""
     roots = () if adapters is None else (adapters,)
     config = ServerConfig(
         model=str(model), adapters=roots, **({"kv_cache_bytes": "8MiB", "adapter_device_bytes": "16MiB"} | settings)
     )
     compute = Compute(device, dtype, 1)
-    base = load_base(str(model), device=compute.device, compute_dtype=compute.dtype, progress=False)
+    base = load_base(
+        str(model), device=compute.device, compute_dtype=compute.dtype, cache_dir=base_cache, progress=False
+    )
     app = assemble(config, compute, base, PolicyHolder(config.policy))
     app.manager.start()
     app.engine.start()

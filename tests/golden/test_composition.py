@@ -44,11 +44,11 @@ def sums(world: World) -> list[Members]:
 
 
 def submit(served: App, world: World, wanted: list[Members], lengths: tuple[int, int], tokens: int) -> list[Asked]:
-    calls = []
+    asked = []
     for number, members in enumerate(wanted, start=len(wanted) * tokens):
         (prompt,) = random_prompts(1, lengths, world.oracle.known_ids(members), seed=number)
-        calls.append(ask(served, f"sum {number}", members, prompt, tokens))
-    return calls
+        asked.append((f"sum {number}", members, prompt))
+    return [ask(served, *each, tokens) for each in asked]
 
 
 def test_sums_and_strengths_beside_plain_adapters_and_the_base(served: App, world: World) -> None:

@@ -22,13 +22,13 @@ pytestmark = [
 ]
 
 
-def test_formats_on_the_demo_base(tmp_path: Path) -> None:
+def test_formats_on_the_demo_base(tmp_path: Path, demo_cache: Path) -> None:
     oracle = FormatOracle(BASE, tmp_path / "adapters", tmp_path / "pristine", noise=0.1)
     for number, made in enumerate(each for each in formats("llama") if each.name in NAMES):
         oracle.make(made, seed=number)
     sizes = {"kv_cache_bytes": "64MiB", "adapter_device_bytes": "64MiB", "step_tokens": 32, "max_running": 16}
     wanted: list[Members] = [(), *(((name, 1.0),) for name in NAMES), *SUMS]
-    with serving(BASE, tmp_path / "adapters", **sizes) as app:
+    with serving(BASE, tmp_path / "adapters", base_cache=demo_cache, **sizes) as app:
         for name in NAMES:
             app.manager.load(name, None)
         prompts = random_prompts(len(wanted), (5, 40), oracle.vocab_size, seed=5)

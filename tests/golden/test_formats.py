@@ -17,12 +17,12 @@ def submit(
     served: App, world: World, names: list[str], lengths: tuple[int, int], tokens: int, seed: int
 ) -> list[Asked]:
     """A request of each ("" is the base), all at once."""
-    calls = []
+    asked: list[tuple[str, Members, list[int]]] = []
     for number, name in enumerate(names, start=seed):
         members: Members = ((name, 1.0),) if name else ()
         (prompt,) = random_prompts(1, lengths, world.oracle.known_ids(members), seed=number)
-        calls.append(ask(served, f"{name} {number}", members, prompt, tokens))
-    return calls
+        asked.append((f"{name} {number}", members, prompt))
+    return [ask(served, *each, tokens) for each in asked]
 
 
 def test_alone(served: App, world: World) -> None:

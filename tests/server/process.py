@@ -26,8 +26,11 @@ START_S = 120
 
 
 def lorikeet(*arguments: str) -> list[str]:
-    """The command line of the installed program."""
-    return [str(Path(sys.executable).parent / "lorikeet"), *arguments]
+    """The command line of the installed program; of this checkout, where an environment is used as it is."""
+    program = Path(sys.executable).parent / "lorikeet"
+    if program.exists():
+        return [str(program), *arguments]
+    return [sys.executable, "-P", "-c", "from lorikeet.server.cli import main; raise SystemExit(main())", *arguments]
 
 
 class ServerProcess:

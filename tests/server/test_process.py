@@ -103,7 +103,7 @@ def test_cancel_mid_stream_frees_blocks_and_slot(server, client):
 
 def test_deadline_ends_the_request_and_frees_its_memory(server):
     before = server.metric("lorikeet_requests_total", outcome="deadline_exceeded")
-    with LorikeetClient(server.address, timeout_s=0.3) as client:
+    with LorikeetClient(server.address, timeout_s=0.15) as client:
         with pytest.raises(RemoteError) as caught:
             client.generate(prompt=TEXT[0], max_tokens=480, **GREEDY)
     assert caught.value.code == "DEADLINE_EXCEEDED"

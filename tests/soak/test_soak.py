@@ -1,6 +1,6 @@
 """Random loads, replacements, unloads, cancels and faults for a while: every invariant holds, and nothing is left.
 
-LORIKEET_SOAK_SECONDS is how long all soaks together may take, about a minute unless it is set; `make soak` takes an
+LORIKEET_SOAK_SECONDS is how long all soaks together may take, about 40 s unless it is set; `make soak` takes an
 hour. LORIKEET_SOAK_SEED repeats what was drawn.
 """
 
