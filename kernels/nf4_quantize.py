@@ -2,10 +2,10 @@
 
 from typing import Final
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from .bnb import functional as bnb
 from .nf4_weight import BLOCK, GROUP, Absmax, NestedAbsmax
 
 _QUANTIZE_ELEMENTS: Final = 2**20  # a multiple of BLOCK

@@ -23,7 +23,7 @@ TEXT = (
 )
 
 
-def save_tiny_model(directory: Path) -> None:
+def save_tiny_model(directory: Path, max_context: int = MAX_CONTEXT) -> None:
     """Save a seeded 2-layer Llama (NF4-able: widths are multiples of 64) and its tokenizer."""
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(directory)
@@ -35,7 +35,7 @@ def save_tiny_model(directory: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_CONTEXT,
+        max_position_embeddings=max_context,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

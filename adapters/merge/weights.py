@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from ...kernels.bnb import functional as bnb
 from ...kernels.nf4_quantize import nest_absmax, quantize_blocks
 from ...kernels.nf4_weight import BLOCK, GROUP
 from .merged import MergedModel, Parameter

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Collection
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...kernels.bnb import functional as bnb
 from ...kernels.nf4_quantize import quantize_nf4, read_absmax
 from ...kernels.nf4_weight import BLOCK, Absmax
 from ..errors import BaseModelError

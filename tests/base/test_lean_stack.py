@@ -181,6 +181,7 @@ class TestPairs:
             adapted = adapt(family_config(family), dtype, tmp_path)
             return torch.cat(run(adapted, sequences, MIXED, one_by_one=False)[:steps]).double()
 
+        multiply_in_pairs(monkeypatch, False)
         exact, usual = logits(FP32), logits(BF16)
         multiply_in_pairs(monkeypatch)
         in_pairs = logits(BF16)

@@ -38,10 +38,12 @@ def use_library(
         monkeypatch.setattr(module, name, native)
 
 
-def multiply_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiplies bfloat16 as a CPU with AVX512-BF16 does. On others the same source runs, without its instructions."""
+def multiply_in_pairs(monkeypatch: pytest.MonkeyPatch, in_pairs: bool = True) -> None:
+    """Multiplies bfloat16 as a CPU with AVX512-BF16 does, or as one without; on others the same source runs, without
+    its instructions.
+    """
     for module in (linear, nf4_cpu):
-        monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
+        monkeypatch.setattr(module, "multiplies_bf16", lambda: in_pairs)
 
 
 @pytest.fixture
