@@ -9,25 +9,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from .config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .errors import AdapterInvalidError, AdapterMemoryError
-from .fingerprint import BaseFingerprint
-from .finite import all_finite
-from .layout import count_certain_elements
-from .modules import ModuleTable
 from .paths import FileStamp, file_stamp, open_contained
-from .shards import OpenWeights, open_weights
-from .sites import SiteTable
-from .tensor_map import Placement, group_tensors, place_tensors
+from .payload import PayloadTensors
+from .plan import AdapterPlan, Planner
+from .shards import open_weights
+from .tensor_map import Placement
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files
-from .weights_file import TensorInfo, new_digest, unreadable
-
-_DTYPES: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+from .weights_file import new_digest, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +29,29 @@ class Checkpoint:
     """A checked adapter.
 
     Attributes:
-        config: parsed.
+        plan: what it shares with adapters of the same config and headers.
         digest: hex SHA-256 of the config's bytes, the weights' (index first, then the shards in order) and the
             tokenizer's.
-        placement: which tensor goes where.
         tensors: name in the file -> its finite values; CPU, float16, bfloat16 or float32, views of a few buffers.
         files: name -> its bytes, in pieces; what was hashed.
         tokenizer: what it ships of a tokenizer.
     """
 
-    config: AdapterConfig
+    plan: AdapterPlan
     digest: str
-    placement: Placement
     tensors: Mapping[str, Tensor]
     files: dict[str, tuple[bytes | memoryview, ...]]
     tokenizer: TokenizerFiles = field(default_factory=TokenizerFiles)
 
+    @property
+    def placement(self) -> Placement:
+        """Which tensor goes where."""
+        return self.plan.placement
+
 
 def load_checkpoint(
     directory: Path,
-    sites: SiteTable,
-    modules: ModuleTable,
-    base: BaseFingerprint,
+    planner: Planner,
     *,
     roots: Sequence[Path] = (),
     max_elements: int | None = None,
@@ -66,8 +61,7 @@ def load_checkpoint(
 
     Args:
         directory: real path.
-        sites, modules: the base's.
-        base: the base's name, for messages.
+        planner: of the base.
         roots: all files must lie in one of them; empty when a local tool asks.
         max_elements: refuse an adapter of more packed elements before reading its payload.
         settle_s: files must have been left alone for so long. They may be replaced one by one, and the new
@@ -81,11 +75,11 @@ def load_checkpoint(
     with open_contained(directory, CONFIG_FILE, roots) as file:
         stamps: dict[str, FileStamp] = {CONFIG_FILE: file_stamp(os.fstat(file.fileno()))}
         config_bytes = _read_config(file)
-    config = parse_config(config_bytes)
+    config = planner.parse(config_bytes)
     with open_weights(directory, roots) as weights:
         stamps |= weights.stamps
-        placement = place_tensors(group_tensors(weights.tensors, config), config, sites, modules, base)
-        check_size(count_certain_elements(placement, sites, modules), max_elements)
+        plan = planner.plan(config_bytes, config, weights)
+        check_size(plan.num_certain, max_elements)
         digest = new_digest()
         digest.update(config_bytes)
         payloads = weights.read(digest)
@@ -94,11 +88,11 @@ def load_checkpoint(
         _let_settle(stamps.values(), settle_s)
         for name, stamp in stamps.items():
             _check_unchanged(directory, name, stamp)
-        tensors = read_tensors(weights, payloads)
+        tensors = PayloadTensors(weights.headers, payloads)
         files: dict[str, tuple[bytes | memoryview, ...]] = {CONFIG_FILE: (config_bytes,)}
         files |= weights.contents(payloads)
         files |= {name: (data,) for name, data in tokenizer.files.items()}
-    return Checkpoint(config, digest.hexdigest(), placement, tensors, files, tokenizer)
+    return Checkpoint(plan, digest.hexdigest(), tensors, files, tokenizer)
 
 
 def check_size(elements: int, max_elements: int | None) -> None:
@@ -150,30 +144,3 @@ def check_complete(directory: Path, roots: Sequence[Path]) -> None:
     open_contained(directory, CONFIG_FILE, roots).close()
     with open_weights(directory, roots):
         pass
-
-
-def read_tensors(weights: OpenWeights, payloads: Sequence[memoryview]) -> dict[str, Tensor]:
-    """Every tensor by name, as a view of its shard's payload.
-
-    Raises:
-        AdapterInvalidError: a value is not finite; names the tensor.
-    """
-    return {
-        name: _tensor(info, payload)
-        for shard, payload in zip(weights.shards, payloads, strict=True)
-        for name, info in shard.header.tensors.items()
-    }
-
-
-def _tensor(info: TensorInfo, payload: memoryview) -> Tensor:
-    """A view of the payload, checked to be finite."""
-    dtype = _DTYPES[info.dtype]
-    if info.start == info.stop:  # AdaLoRA may keep no rank at all; torch.frombuffer refuses an empty range
-        return torch.empty(info.shape, dtype=dtype)
-    count = (info.stop - info.start) // dtype.itemsize
-    tensor = torch.frombuffer(payload, dtype=dtype, count=count, offset=info.start).view(info.shape)
-    if not all_finite(tensor):
-        raise AdapterInvalidError(
-            f"Tensor {info.name!r} has values that are not finite (NaN or infinity).", {"tensor": info.name[:256]}
-        )
-    return tensor

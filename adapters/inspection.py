@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .card import AdapterCard, read_card
-from .checkpoint import Checkpoint, read_config, read_tensors
+from .checkpoint import Checkpoint, read_config
 from .config import AdapterConfig
 from .delta import delta_norm
 from .errors import AdapterInvalidError, ServingError
@@ -17,6 +17,8 @@ from .full_modules import FullModules, OwnWeights
 from .golden import Golden, read_golden
 from .modules import ModuleTable
 from .packing import pack_adapter
+from .payload import PayloadTensors
+from .plan import AdapterPlan
 from .report import AdapterReport, make_report
 from .scaling import Scaling
 from .shards import open_weights
@@ -112,9 +114,7 @@ def inspect_directory(
             placement = place_tensors(groups, config, site_table, modules, known)
             # Packed as a server on a CPU would: finds values that scaling makes too large.
             packed = pack_adapter(
-                Checkpoint(config, found.digest, placement, tensors, {}),
-                site_table,
-                modules,
+                Checkpoint(AdapterPlan(config, placement, site_table, modules), found.digest, tensors, {}),
                 _UnknownWeights(site_table, modules),
                 dtype=torch.float32,
                 pin_memory=False,
@@ -153,7 +153,7 @@ class _UnknownWeights:
         return False
 
 
-def _read(found: Inspection) -> tuple[AdapterConfig, Groups, dict[str, Tensor]]:
+def _read(found: Inspection) -> tuple[AdapterConfig, Groups, Mapping[str, Tensor]]:
     """Read the files and fill in what they hold, as far as it goes.
 
     Raises:
@@ -175,7 +175,7 @@ def _read(found: Inspection) -> tuple[AdapterConfig, Groups, dict[str, Tensor]]:
         own = {module: OwnWeights(None, None) for module in groups.other}
         embedding = next(iter(groups.embedding_lora.values()), None)
         found.report = make_report(config, Placement(groups.lora, embedding, FullModules(own, {}, {}, None)))
-        tensors = read_tensors(weights, payloads)
+        tensors = PayloadTensors(weights.headers, payloads)
     adapted = {**groups.lora, **groups.embedding_lora}
     found.modules = {name: InspectedModule(lora.scaling, delta_norm(lora, tensors)) for name, lora in adapted.items()}
     found.others = {module: tuple(_describe(parts)) for module, parts in _parts(groups)}

@@ -10,7 +10,40 @@ from typing import NamedTuple
 from .arena import aligned
 from .modules import ModuleTable
 from .sites import Site, SiteTable
-from .tensor_map import Placement
+from .tensor_map import LoraTensors, Placement
+
+
+class LowRankBlock(NamedTuple):
+    """Where the low-rank tensors of a slice go.
+
+    Attributes:
+        lora: the tensors.
+        start_a: of lora_A, [rank, in_features].
+        start_b: of lora_B transposed, [rank, out_features].
+        in_features, out_features: of the slice.
+    """
+
+    lora: LoraTensors
+    start_a: int
+    start_b: int
+    in_features: int
+    out_features: int
+
+
+class SiteLayout(NamedTuple):
+    """What an adapter has of a site.
+
+    Attributes:
+        site: whose.
+        start: its low-rank block; -1: none.
+        affine: its [2, out_features]; -1: none.
+        blocks: of each slice; None: it has no low-rank delta beside the base's weight.
+    """
+
+    site: Site
+    start: int
+    affine: int
+    blocks: tuple[LowRankBlock | None, ...]
 
 
 class RegionPlan(NamedTuple):
@@ -42,15 +75,13 @@ class Layout:
     """Element offsets.
 
     Attributes:
-        low_rank: index of a site -> its block.
-        affines: index of a site -> its [2, out_features].
+        sites: those that it adapts, by index.
         overrides: what there is of them.
         regions: key -> start.
         num_elements: of all.
     """
 
-    low_rank: Mapping[int, int]
-    affines: Mapping[int, int]
+    sites: tuple[SiteLayout, ...]
     overrides: tuple[OverridePlan, ...]
     regions: Mapping[str, int]
     num_elements: int
@@ -67,26 +98,32 @@ def plan_layout(
         dropped: modules whose own weights are left out, because they are the base's.
         are_twins: the embedding's and the head's own weights are the same, so they are kept once.
     """
-    low_rank: dict[int, int] = {}
-    affines: dict[int, int] = {}
+    low_rank: list[tuple[int, tuple[LowRankBlock | None, ...]]] = []
+    affines: list[int] = []
     regions: dict[str, int] = {}
     end = 0
     for site in sites.sites:
-        count = sum(_low_rank_elements(placement, site, dropped))
-        if count:
-            low_rank[site.index] = end
-            end += count
+        start = end
+        blocks, end = _low_rank_blocks(placement, site, dropped, start)
+        low_rank.append((start if end > start else -1, blocks))
     for site in sites.sites:
+        affine = -1
         if any(has_affine(placement, piece.module, dropped) for piece in site.slices):
-            affines[site.index] = end = aligned(end)
-            end += 2 * site.out_features
+            affine = aligned(end)
+            end = affine + 2 * site.out_features
+        affines.append(affine)
     overrides = tuple(_overrides(placement, modules, dropped, are_twins=are_twins))
     for override in overrides:
         for region in override.regions:
             if region.key not in regions:
                 regions[region.key] = end = aligned(end)
                 end += _count(region.shape)
-    return Layout(low_rank, affines, overrides, regions, end)
+    adapted = tuple(
+        SiteLayout(site, start, affine, blocks)
+        for site, (start, blocks), affine in zip(sites.sites, low_rank, affines, strict=True)
+        if start >= 0 or affine >= 0
+    )
+    return Layout(adapted, overrides, regions, end)
 
 
 def count_certain_elements(placement: Placement, sites: SiteTable, modules: ModuleTable) -> int:
@@ -118,10 +155,24 @@ def has_affine(placement: Placement, module: str, dropped: Collection[str]) -> b
     return placement.lora[module].magnitude is not None or placement.lora[module].b_bias is not None
 
 
-def _low_rank_elements(placement: Placement, site: Site, dropped: Collection[str]) -> Iterator[int]:
-    for piece in site.slices:
-        if has_low_rank(placement, piece.module, dropped):
-            yield placement.lora[piece.module].scaling.rank * (site.in_features + piece.out_features)
+def _low_rank_blocks(
+    placement: Placement, site: Site, dropped: Collection[str], start: int
+) -> tuple[tuple[LowRankBlock | None, ...], int]:
+    """The blocks of a site's slices, and where the last ends."""
+    loras = [
+        placement.lora[piece.module] if has_low_rank(placement, piece.module, dropped) else None
+        for piece in site.slices
+    ]
+    start_b = start + sum(lora.scaling.rank for lora in loras if lora is not None) * site.in_features
+    blocks: list[LowRankBlock | None] = []
+    for piece, lora in zip(site.slices, loras, strict=True):
+        if lora is None:
+            blocks.append(None)
+            continue
+        blocks.append(LowRankBlock(lora, start, start_b, site.in_features, piece.out_features))
+        start += lora.scaling.rank * site.in_features
+        start_b += lora.scaling.rank * piece.out_features
+    return tuple(blocks), start_b
 
 
 def _overrides(

@@ -15,7 +15,7 @@ the tensors of overrides.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -30,11 +30,10 @@ from .copies import are_twins, find_copies
 from .dora import Affine, scaled_b, slice_affine
 from .errors import AdapterIncompatibleError, AdapterInvalidError
 from .finite import largest_magnitude
-from .layout import Layout, has_low_rank, plan_layout
+from .layout import Layout, LowRankBlock, SiteLayout
 from .modules import BaseWeights, ModuleTable
 from .own_weights import fill_region
-from .report import AdapterReport, make_report
-from .sites import Site, SiteTable
+from .report import AdapterReport
 from .tensor_names import about, refuse
 from .weights_file import TensorInfo
 
@@ -84,7 +83,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedAdapter:
-    """One adapter version, ready to be copied into the arena.
+    """One adapter version, ready to be copied into the arena. Adapters of one plan share all but `data`, `overrides`.
 
     Attributes:
         data: [elements], arena dtype, CPU (pinned when the arena is on CUDA).
@@ -114,8 +113,6 @@ class PackedAdapter:
 
 def pack_adapter(
     checkpoint: Checkpoint,
-    sites: SiteTable,
-    modules: ModuleTable,
     weights: BaseWeights,
     *,
     dtype: torch.dtype,
@@ -128,8 +125,8 @@ def pack_adapter(
     That is computed in float32 and the result rounded to the arena's type once.
 
     Args:
-        checkpoint: checked tensors, every module in `sites` or `modules`.
-        sites, modules, weights: the base's.
+        checkpoint: checked tensors, and where they go.
+        weights: the base's.
         dtype: the arena's.
         pin_memory: whether copies go to a CUDA device.
         allow_zero: accept an adapter that changes nothing.
@@ -140,32 +137,29 @@ def pack_adapter(
         AdapterIncompatibleError: a value is too large for `dtype`, or does not go with the base; names the tensor.
         AdapterInvalidError: it changes nothing and that is not allowed, or DoRA divides by zero.
     """
-    dropped = find_copies(checkpoint, modules, weights)
-    layout = plan_layout(
-        checkpoint.placement, sites, modules, dropped=dropped, are_twins=are_twins(checkpoint, modules, dropped)
-    )
+    plan = checkpoint.plan
+    dropped = find_copies(checkpoint, plan.modules, weights)
+    laid_out = plan.lay_out(dropped, are_twins=are_twins(checkpoint, plan.modules, dropped))
+    layout = laid_out.layout
     check_size(layout.num_elements, max_elements)
-    _check_head_bias(layout, modules, weights)
+    _check_head_bias(layout, plan.modules, weights)
     data = _host_memory(layout.num_elements, dtype, pin_memory=pin_memory)
-    writer = _Writer(checkpoint, layout, weights, data, dropped)
-    site_offsets = torch.full((len(sites.sites),), -1, dtype=torch.int64)
-    site_affines = torch.full((len(sites.sites),), -1, dtype=torch.int64)
-    site_ranks = torch.zeros((len(sites.sites), sites.max_slices), dtype=torch.int32)
-    for site in sites.sites:
-        if site.index in layout.low_rank or site.index in layout.affines:
-            ranks = writer.write_site(site)
-            site_ranks[site.index, : len(ranks)] = torch.tensor(ranks, dtype=torch.int32)
-            site_offsets[site.index] = layout.low_rank.get(site.index, -1)
-            site_affines[site.index] = layout.affines.get(site.index, -1)
-    overrides = writer.write_overrides(modules)
+    writer = _Writer(checkpoint, layout, weights, data)
+    overrides = writer.write_all(plan.modules)
     if not (overrides or writer.is_effective or allow_zero):
         raise AdapterInvalidError(
             "The adapter's delta is zero everywhere: it would answer exactly like the base. Was it saved before "
             "training? Loading it must be allowed explicitly (allow_zero)."
         )
-    report = make_report(checkpoint.config, checkpoint.placement, dropped)
-    vocab_size = checkpoint.placement.full.vocab_size
-    return PackedAdapter(data, site_offsets, site_ranks, report, site_affines, overrides, vocab_size)
+    return PackedAdapter(
+        data,
+        laid_out.site_offsets,
+        laid_out.site_ranks,
+        laid_out.report,
+        laid_out.site_affines,
+        overrides,
+        checkpoint.placement.full.vocab_size,
+    )
 
 
 def _host_memory(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
@@ -192,6 +186,10 @@ def _check_head_bias(layout: Layout, modules: ModuleTable, weights: BaseWeights)
             )
 
 
+# What was written of one tensor of the file: the values, its name, and its scaling where that is folded in.
+_Written = tuple[Tensor, str, float | None]
+
+
 class _Writer:
     """Fills the memory of one adapter.
 
@@ -199,61 +197,85 @@ class _Writer:
         checkpoint: the adapter.
         layout: where everything goes.
         weights: the base's.
-        data: the memory.
-        dropped: modules whose own weights are left out.
+        data: the memory, from the first element of its storage on.
 
     Attributes:
         is_effective: whether something of what was written changes an answer.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        layout: Layout,
-        weights: BaseWeights,
-        data: Tensor,
-        dropped: frozenset[str],
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, weights: BaseWeights, data: Tensor) -> None:
         self.is_effective = False
         self._checkpoint = checkpoint
         self._layout = layout
         self._weights = weights
         self._data = data
-        self._dropped = dropped
-        for start in (*layout.affines.values(), *layout.regions.values()):
+        self._written: list[_Written] = []  # in order
+        starts = (site.affine for site in layout.sites if site.affine >= 0)
+        for start in (*starts, *layout.regions.values()):
             data[max(0, start - ALIGNMENT) : start] = 0  # the gap, and what is written over it later
 
-    def write_site(self, site: Site) -> list[int]:
-        """Write one site's low-rank block and affine; returns the ranks of its slices."""
-        placement, tensors = self._checkpoint.placement, self._checkpoint.tensors
-        adapted = [has_low_rank(placement, piece.module, self._dropped) for piece in site.slices]
-        affines = [
-            slice_affine(self._checkpoint, piece.module, self._weights, is_adapted=is_adapted)
-            for piece, is_adapted in zip(site.slices, adapted, strict=True)
-        ]
-        self._write_affine(site, affines)
-        loras = [placement.lora[p.module] if ok else None for p, ok in zip(site.slices, adapted, strict=True)]
-        ranks = [0 if lora is None else lora.scaling.rank for lora in loras]
-        width, end_a = site.in_features, self._layout.low_rank.get(site.index, 0)
-        end = end_a + sum(ranks) * width
-        for piece, lora, affine in zip(site.slices, loras, affines, strict=True):
-            if lora is None:
-                continue
-            rank, out = lora.scaling.rank, piece.out_features
-            rows_a = self._data[end_a : end_a + rank * width].view(rank, width)
-            rows_b = self._data[end : end + rank * out].view(rank, out)
-            rows_a.copy_(tensors[lora.lora_a.name])
+    def write_all(self, modules: ModuleTable) -> tuple[Override, ...]:
+        """Write every element, and check that its magnitude is one to compute with; returns the overrides."""
+        try:
+            for planned in self._layout.sites:
+                self._write_site(planned)
+            overrides = self._write_overrides(modules)
+        except Exception:
+            self._check_written()  # of two faults, the one that was come by first is named
+            raise
+        # All at once: what a look at a tensor costs beside its elements counts where there are hundreds of small ones.
+        if not largest_magnitude(self._data) <= MAX_WEIGHT:
+            self._check_written()
+            raise AssertionError("an element was not written")
+        return overrides
+
+    def _write_site(self, planned: SiteLayout) -> None:
+        """Write one site's affine and low-rank blocks."""
+        affines: Sequence[Affine | None] = (None,) * len(planned.blocks)
+        if planned.affine >= 0:
+            affines = self._write_affine(planned)
+        for block, affine in zip(planned.blocks, affines, strict=True):
+            if block is not None:
+                self._write_low_rank(block, affine)
+
+    def _write_low_rank(self, block: LowRankBlock, affine: Affine | None) -> None:
+        lora, start_a, start_b, width, out = block
+        rank = lora.scaling.rank
+        rows_a = self._data.as_strided((rank, width), (width, 1), start_a)
+        rows_b = self._data.as_strided((rank, out), (out, 1), start_b)
+        tensors = self._checkpoint.tensors
+        rows_a.copy_(tensors[lora.lora_a.name])
+        if lora.lora_e is None and lora.magnitude is None:  # nearly all there are: what `scaled_b` gives, in one go
+            torch.mul(tensors[lora.lora_b.name].float().t(), lora.scaling.factor, out=rows_b)
+        else:
             scaled = scaled_b(self._checkpoint, lora)
             # A magnitude is what makes a gain differ from 1 here: where there is none, nothing is to be rounded.
             rows_b.copy_((scaled if affine is None or lora.magnitude is None else scaled * affine.gain[:, None]).t())
-            self._check(rows_a, lora.lora_a.name)
-            self._check(rows_b, lora.lora_b.name, f" times its scaling ({lora.scaling.factor:g})")
-            self.is_effective = self.is_effective or bool((rows_a.any(dim=1) & rows_b.any(dim=1)).any())
-            end_a += rank * width
-            end += rank * out
-        return ranks
+        self._written += ((rows_a, lora.lora_a.name, None), (rows_b, lora.lora_b.name, lora.scaling.factor))
+        self.is_effective = self.is_effective or bool((rows_a.any(dim=1) & rows_b.any(dim=1)).any())
 
-    def write_overrides(self, modules: ModuleTable) -> tuple[Override, ...]:
+    def _write_affine(self, planned: SiteLayout) -> list[Affine | None]:
+        """Write one site's affine; returns those of its slices."""
+        site, _, start, blocks = planned
+        affines = [
+            slice_affine(self._checkpoint, piece.module, self._weights, is_adapted=block is not None)
+            for piece, block in zip(site.slices, blocks, strict=True)
+        ]
+        gains, offsets = self._data[start : start + 2 * site.out_features].view(2, site.out_features)
+        first = 0
+        for piece, affine in zip(site.slices, affines, strict=True):
+            columns = slice(first, first + piece.out_features)
+            first += piece.out_features
+            if affine is None:
+                gains[columns], offsets[columns] = 1.0, 0.0
+                continue
+            gains[columns], offsets[columns] = affine.gain, affine.offset
+            name = self._affine_tensor(piece.module)
+            self._written += ((gains[columns], name, None), (offsets[columns], name, None))
+            self.is_effective = self.is_effective or not affine.is_idle
+        return affines
+
+    def _write_overrides(self, modules: ModuleTable) -> tuple[Override, ...]:
         """Write the tensors of all overrides, those that are shared once."""
         written: set[str] = set()
         overrides: list[Override] = []
@@ -265,28 +287,11 @@ class _Writer:
                 if each.key not in written:
                     target = self._data[region.start : region.start + math.prod(each.shape)].view(each.shape)
                     name = fill_region(self._checkpoint, plan, each, modules, target)
-                    self._check(target, name)
+                    self._written.append((target, name, None))
                     written.add(each.key)
             ids = torch.tensor(plan.token_ids, dtype=torch.int64) if plan.token_ids else None
             overrides.append(Override(plan.module, OverrideKind(plan.kind), regions, ids))
         return tuple(overrides)
-
-    def _write_affine(self, site: Site, affines: list[Affine | None]) -> None:
-        if site.index not in self._layout.affines:
-            return
-        start, width = self._layout.affines[site.index], site.out_features
-        gains, offsets = self._data[start : start + 2 * width].view(2, width)
-        first = 0
-        for piece, affine in zip(site.slices, affines, strict=True):
-            columns = slice(first, first + piece.out_features)
-            first += piece.out_features
-            if affine is None:
-                gains[columns], offsets[columns] = 1.0, 0.0
-                continue
-            gains[columns], offsets[columns] = affine.gain, affine.offset
-            for part in (gains[columns], offsets[columns]):
-                self._check(part, self._affine_tensor(piece.module))
-            self.is_effective = self.is_effective or not affine.is_idle
 
     def _affine_tensor(self, module: str) -> str:
         """A tensor that the affine of a slice comes from."""
@@ -298,11 +303,13 @@ class _Writer:
         ]
         return next(info.name for info in sources if info is not None)
 
-    def _check(self, written: Tensor, name: str, how: str = "") -> None:
+    def _check_written(self) -> None:
         """Raise AdapterIncompatibleError if values are infinite in the arena's type, or too large to compute with."""
-        if not largest_magnitude(written) <= MAX_WEIGHT:
-            raise AdapterIncompatibleError(
-                f"Tensor {name[:256]!r}{how} has values that do not fit into {self._data.dtype}, or are larger than "
-                f"{MAX_WEIGHT:g}, which no trained weight is.",
-                about(name),
-            )
+        for values, name, factor in self._written:
+            if not largest_magnitude(values) <= MAX_WEIGHT:
+                how = "" if factor is None else f" times its scaling ({factor:g})"
+                raise AdapterIncompatibleError(
+                    f"Tensor {name[:256]!r}{how} has values that do not fit into {self._data.dtype}, or are larger "
+                    f"than {MAX_WEIGHT:g}, which no trained weight is.",
+                    about(name),
+                )

@@ -74,20 +74,25 @@ def open_contained(directory: Path, name: str, roots: Sequence[Path]) -> BinaryI
         AdapterInvalidError: missing, not a regular file, unreadable, or a link that leads out of the roots.
     """
     try:
-        real = (directory / name).resolve(strict=True)
-        if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
+        real = Path(os.path.realpath(os.path.join(directory, name), strict=True))
+        if roots and not _lies_in(real, roots):
             raise AdapterInvalidError(f"{name} is a link that leads out of the adapter directories.", {"file": name})
         # The path is real, so its last part is no link unless someone just swapped it: O_NOFOLLOW then fails.
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise AdapterInvalidError(f"{name} is missing in the adapter folder.", {"file": name}) from None
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+    except (OSError, RuntimeError):  # RuntimeError: a root is a loop of links
         raise AdapterInvalidError(f"{name} cannot be read.", {"file": name}) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise AdapterInvalidError(f"{name} is not a regular file.", {"file": name})
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _lies_in(real: Path, roots: Sequence[Path]) -> bool:
+    """Whether a real path is in one of the roots. What is below a root as it is written is below the real root, too."""
+    return any(real.is_relative_to(root) for root in roots) or any(real.is_relative_to(r.resolve()) for r in roots)
 
 
 def file_stamp(status: os.stat_result) -> FileStamp:

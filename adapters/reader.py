@@ -20,6 +20,7 @@ from .merge.training_base import said_in_card
 from .modules import BaseWeights, ModuleTable
 from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
+from .plan import Planner
 from .sites import SiteTable
 from .tokenizer_files import TokenizerFiles
 
@@ -72,8 +73,7 @@ class AdapterReader:
         pin_memory: bool,
         max_bytes: int,
     ) -> None:
-        self._sites = site_table
-        self._modules = modules
+        self._planner = Planner(site_table, modules, base)
         self._weights = weights
         self._base = base
         self._dtype = dtype
@@ -119,13 +119,7 @@ class AdapterReader:
         self, directory: Path, roots: Sequence[Path], options: LoadOptions, name: str, settle_s: float
     ) -> LoadedAdapter:
         checkpoint = load_checkpoint(
-            directory,
-            self._sites,
-            self._modules,
-            self._base,
-            roots=roots,
-            max_elements=self._max_elements,
-            settle_s=settle_s,
+            directory, self._planner, roots=roots, max_elements=self._max_elements, settle_s=settle_s
         )
         if options.expected_digest and checkpoint.digest != options.expected_digest:
             raise AdapterMismatchError(
@@ -134,8 +128,6 @@ class AdapterReader:
             )
         packed = pack_adapter(
             checkpoint,
-            self._sites,
-            self._modules,
             self._weights,
             dtype=self._dtype,
             pin_memory=self._pin_memory,
@@ -146,7 +138,7 @@ class AdapterReader:
         tokenizer.check_vocabulary(packed.vocab_size)
         card = read_card(directory, roots)
         warning = self._base.check(
-            checkpoint.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
+            checkpoint.plan.config.trained_for, card.base_model_sha256, allow_other=options.allow_other_base
         )
         golden = read_golden(directory, roots, digest=checkpoint.digest)
         carried = read_carried(directory, roots)

@@ -58,6 +58,11 @@ class OpenWeights:
     stamps: Mapping[str, FileStamp]
 
     @property
+    def headers(self) -> tuple[WeightsHeader, ...]:
+        """Of all files, in their order."""
+        return tuple(shard.header for shard in self.shards)
+
+    @property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors, by name; each is in one file."""
         return {name: info for shard in self.shards for name, info in shard.header.tensors.items()}

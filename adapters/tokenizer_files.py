@@ -104,7 +104,7 @@ def read_tokenizer_files(
 
 
 def _exists(directory: Path, name: str) -> bool:
-    return os.path.lexists(directory / name)
+    return os.path.lexists(os.path.join(directory, name))
 
 
 def _read(file: BinaryIO, name: str, max_bytes: int) -> bytes:

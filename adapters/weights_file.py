@@ -7,19 +7,26 @@ already checked. Here the bytes that are hashed are the bytes that are served.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Final, Protocol, TypeGuard
+from types import MappingProxyType
+from typing import BinaryIO, Final, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from .errors import AdapterIncompatibleError, AdapterInvalidError, AdapterUnreadableError
+from .memo import Memo
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_HEADER_BYTES: Final = 32 * 2**20
 READ_BYTES: Final = 8 * 2**20
+# Headers up to this size, of some 900 tensors, are parsed once for all files that have the same; and so many are kept.
+MAX_SHARED_BYTES: Final = 128 * 2**10
+NUM_SHARED: Final = 32
 
 _ITEM_BYTES: Final = {"F16": 2, "BF16": 2, "F32": 4}
 # Beginnings of files that are often found under a weights file's name.
@@ -63,21 +70,34 @@ class TensorInfo:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+class Run(NamedTuple):
+    """Neighbouring tensors of one type, none of them empty: the bytes [start, stop) of the payload."""
+
+    dtype: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class WeightsHeader:
-    """The checked header.
+    """The checked header. One object stands for the equal headers of many files, as long as it is remembered.
 
     Attributes:
         file_name: for messages.
-        tensors: by name.
+        tensors: by name; read-only.
+        runs: from the first byte of the payload to the last.
         raw: the bytes before the payload.
         payload_bytes: length of the rest of the file.
     """
 
     file_name: str
-    tensors: dict[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
+    runs: tuple[Run, ...]
     raw: bytes
     payload_bytes: int
+
+
+_shared_headers: Final[Memo[tuple[str, bytes], WeightsHeader]] = Memo(NUM_SHARED)
 
 
 def read_header(file: BinaryIO, name: str = WEIGHTS_FILE) -> WeightsHeader:
@@ -100,20 +120,15 @@ def read_header(file: BinaryIO, name: str = WEIGHTS_FILE) -> WeightsHeader:
         raise invalid_file(name, f"{what} (it has {size} bytes)")
     if 8 + length > size:
         raise invalid_file(name, f"ends inside its header ({size} bytes); is the copy complete?")
-    body = _read_exactly(file, name, length)
-    try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError):
-        raise invalid_file(name, "has a header that is not JSON") from None
-    if not isinstance(raw, dict):
-        raise invalid_file(name, "has a header that is not a JSON object")
-    tensors = {key: _tensor_info(name, key, entry) for key, entry in raw.items() if key != "__metadata__"}
-    announced = _check_offsets(name, tensors)
-    if 8 + length + announced != size:
-        raise invalid_file(
-            name, f"has {size} bytes but its header announces {8 + length + announced}; is the copy complete?"
-        )
-    return WeightsHeader(name, tensors, prefix + body, announced)
+    raw = prefix + _read_exactly(file, name, length)
+    if len(raw) <= MAX_SHARED_BYTES:
+        header = _shared_headers.get((name, raw), lambda: _parse_header(name, raw))
+    else:
+        header = _parse_header(name, raw)
+    announced = len(raw) + header.payload_bytes
+    if announced != size:
+        raise invalid_file(name, f"has {size} bytes but its header announces {announced}; is the copy complete?")
+    return header
 
 
 def read_payload(file: BinaryIO, header: WeightsHeader, digest: Digest) -> memoryview:
@@ -155,6 +170,20 @@ def _read_into(file: BinaryIO, name: str, target: memoryview) -> int:
         raise unreadable(name) from None
 
 
+def _parse_header(name: str, data: bytes) -> WeightsHeader:
+    """Parse and check the bytes before the payload."""
+    try:
+        raw = json.loads(data[8:])
+    except (ValueError, RecursionError):
+        raise invalid_file(name, "has a header that is not JSON") from None
+    if not isinstance(raw, dict):
+        raise invalid_file(name, "has a header that is not a JSON object")
+    tensors = {key: _tensor_info(name, key, entry) for key, entry in raw.items() if key != "__metadata__"}
+    ordered = sorted(tensors.values(), key=lambda t: (t.start, t.stop))
+    payload_bytes = _check_offsets(name, ordered)
+    return WeightsHeader(name, MappingProxyType(tensors), tuple(_runs(ordered)), data, payload_bytes)
+
+
 def _tensor_info(name: str, key: str, entry: object) -> TensorInfo:
     if isinstance(entry, dict):
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -177,14 +206,22 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) <= 8 and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
-def _check_offsets(name: str, tensors: dict[str, TensorInfo]) -> int:
+def _check_offsets(name: str, ordered: Sequence[TensorInfo]) -> int:
     """Check that the tensors lie one behind the other without holes; returns where the last ends."""
     end = 0
-    for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+    for info in ordered:
         if info.start != end:
             raise invalid_file(name, f"has a hole or an overlap before tensor {info.name[:256]!r}")
         end = info.stop
     return end
+
+
+def _runs(ordered: Sequence[TensorInfo]) -> Iterator[Run]:
+    """The runs of tensors that lie one behind the other."""
+    filled = (info for info in ordered if info.start < info.stop)
+    for dtype, group in itertools.groupby(filled, key=lambda t: t.dtype):
+        infos = list(group)
+        yield Run(dtype, infos[0].start, infos[-1].stop)
 
 
 def unreadable(name: str) -> AdapterUnreadableError:

@@ -15,6 +15,7 @@ from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.manager import AdapterManager
 from lorikeet.adapters.modules import ModuleTable
 from lorikeet.adapters.packing import PackedAdapter, pack_adapter
+from lorikeet.adapters.plan import Planner
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.adapters.state.state_dir import StateDir, open_state_dir
 from lorikeet.adapters.watcher import AdapterWatcher
@@ -90,11 +91,12 @@ def base() -> BaseFingerprint:
 def pack(
     sites: SiteTable, modules: ModuleTable, weights: DenseWeights, base: BaseFingerprint
 ) -> Callable[..., PackedAdapter]:
-    """pack(directory, dtype=float32, **kwargs): an adapter directory, read and packed."""
+    """pack(directory, dtype=float32, **kwargs): an adapter directory, read and packed; all with one planner."""
+    planner = Planner(sites, modules, base)
 
     def load_and_pack(directory: Path, dtype: torch.dtype = torch.float32, **kwargs: bool) -> PackedAdapter:
-        checkpoint = load_checkpoint(directory, sites, modules, base)
-        return pack_adapter(checkpoint, sites, modules, weights, dtype=dtype, pin_memory=False, **kwargs)
+        checkpoint = load_checkpoint(directory, planner)
+        return pack_adapter(checkpoint, weights, dtype=dtype, pin_memory=False, **kwargs)
 
     return load_and_pack
 

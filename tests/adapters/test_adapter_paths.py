@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from lorikeet.adapters.errors import AdapterIdError, AdapterNotFoundError
-from lorikeet.adapters.paths import adapter_directory, check_adapter_id
+from lorikeet.adapters.errors import AdapterIdError, AdapterInvalidError, AdapterNotFoundError
+from lorikeet.adapters.paths import adapter_directory, check_adapter_id, open_contained
 
 
 @pytest.mark.parametrize("adapter_id", ["a", "A0._-", "sql-v2", "9" * 128])
@@ -66,3 +66,24 @@ def test_missing_folder_is_not_found(roots):
 def test_server_without_roots_says_so(tmp_path):
     with pytest.raises(AdapterNotFoundError, match="no adapter directory"):
         adapter_directory([], "a", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["real", "link", "dots", "relative"])
+def test_file_is_looked_for_in_the_real_root_however_it_is_written(form, roots, tmp_path, monkeypatch):
+    (roots[0] / "a" / "file").write_bytes(b"inside")
+    (tmp_path / "outside" / "file").write_bytes(b"outside")
+    (roots[0] / "a" / "leaves").symlink_to(tmp_path / "outside" / "file")
+    (roots[0] / "a" / "loop").symlink_to(roots[0] / "a" / "loop")
+    (tmp_path / "root").symlink_to(roots[0])
+    (roots[0] / "elsewhere").symlink_to(tmp_path / "outside")
+    monkeypatch.chdir(tmp_path)
+    root = {"real": roots[0], "link": tmp_path / "root", "dots": roots[1] / ".." / "one", "relative": Path("one")}[form]
+    with open_contained(roots[0] / "a", "file", [roots[1], root]) as file:
+        assert file.read() == b"inside"
+    for directory, name in ((roots[0] / "a", "leaves"), (roots[0] / "elsewhere", "file")):
+        with pytest.raises(AdapterInvalidError, match="leads out"):
+            open_contained(directory, name, [roots[1], root])
+    with pytest.raises(AdapterInvalidError, match="cannot be read"):
+        open_contained(roots[0] / "a", "loop", [root])
+    with pytest.raises(AdapterInvalidError, match="leads out"):
+        open_contained(roots[0] / "a", "file", [roots[1]])

@@ -12,6 +12,7 @@ from lorikeet.adapters.device_store import DeviceStore
 from lorikeet.adapters.layers import LoraLinear
 from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.adapters.packing import pack_adapter
+from lorikeet.adapters.plan import Planner
 from lorikeet.server.base.demo import BASE_NAME, MODEL_DIR_NAME
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import default_cache_dir
@@ -42,12 +43,11 @@ def test_all_four_in_one_batch_each_lower_the_perplexity_of_their_own_text(demo_
         progress=False,
     )
     store = DeviceStore(base.site_table, torch.float32, base.device, 64 * 2**20, max_slots=8)
+    planner = Planner(base.site_table, base.module_table, base.fingerprint)
     slots = []
     for name in NAMES:
-        checkpoint = load_checkpoint(EXAMPLES / "adapters" / name, base.site_table, base.module_table, base.fingerprint)
-        packed = pack_adapter(
-            checkpoint, base.site_table, base.module_table, base.weights, dtype=torch.float32, pin_memory=False
-        )
+        checkpoint = load_checkpoint(EXAMPLES / "adapters" / name, planner)
+        packed = pack_adapter(checkpoint, base.weights, dtype=torch.float32, pin_memory=False)
         slots.append(store.install(packed))
     texts = [
         base.tokenizer((EXAMPLES / "heldout" / f"{name}.txt").read_text(), add_special_tokens=False).input_ids[:TOKENS]
