@@ -50,13 +50,27 @@ class Asked:
 
 def ask(app: App, name: str, members: Members, prompt: Sequence[int], tokens: int) -> Asked:
     """Submit a greedy request of exactly so many tokens."""
+    (asked,) = ask_together(app, [(name, members, prompt)], tokens)
+    return asked
+
+
+def ask_together(app: App, wanted: Sequence[tuple[str, Members, Sequence[int]]], tokens: int) -> list[Asked]:
+    """Submit such requests, each a name, members and a prompt, when all of them are made: else the first would end
+    before the last begin.
+    """
+    asked = [_prepare(app, *each, tokens) for each in wanted]
+    for each in asked:
+        app.engine.submit(each.request)
+    return asked
+
+
+def _prepare(app: App, name: str, members: Members, prompt: Sequence[int], tokens: int) -> Asked:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=ALTERNATIVES)
     versions = [(app.manager.resolve(adapter), weight) for adapter, weight in members]
     adapter = Adaptation.of(versions) if versions else None
     logits: list[Tensor] = []
     request = Request(name, list(prompt), params, adapter, events.put, capture=logits.append)
-    app.engine.submit(request)
     return Asked(members, list(prompt), request, events, logits)
 
 

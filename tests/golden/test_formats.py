@@ -8,7 +8,7 @@ from lorikeet.server.app import App
 
 from .conftest import World
 from .format_oracle import Members, random_prompts
-from .format_requests import Asked, ask, check
+from .format_requests import Asked, ask_together, check
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's hints for training
 
@@ -22,7 +22,7 @@ def submit(
         members: Members = ((name, 1.0),) if name else ()
         (prompt,) = random_prompts(1, lengths, world.oracle.known_ids(members), seed=number)
         asked.append((f"{name} {number}", members, prompt))
-    return [ask(served, *each, tokens) for each in asked]
+    return ask_together(served, asked, tokens)
 
 
 def test_alone(served: App, world: World) -> None:
@@ -39,7 +39,8 @@ def test_mixed_with_all_others_and_the_base_in_chunks(served: App, world: World)
 
 
 def test_after_preemption(served: App, world: World) -> None:
-    calls = submit(served, world, ["", *world.made], (30, 60), tokens=20, seed=300)
+    calls = submit(served, world, ["", *world.made], (30, 60), tokens=32, seed=300)
     for call in calls:
         check(call, world.oracle)
-    assert sum(call.request.num_preemptions > 0 for call in calls) >= len(calls) // 8
+    preempted = [call.request.num_preemptions for call in calls]
+    assert sum(map(bool, preempted)) >= len(calls) // 8, preempted
