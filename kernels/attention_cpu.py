@@ -2,18 +2,20 @@
 
 Plain torch also computes attention over heads whose width is no multiple of 8 (OpenLLaMA-3B: 100).
 
-The kernels read keys and values in place, each once for all query heads that share it, and compute in fp32. A row's
-result depends neither on the other sequences of the batch nor on the number of threads.
+The kernels read keys and values in place, each once for all query heads that share it, and compute in fp32. Where the
+CPU has instructions for it (AVX512-BF16) they multiply bfloat16 as it is, if heads are a multiple of 32 wide; of
+several rows the weights are rounded to bfloat16 too. A row's result depends neither on the other sequences of the batch
+nor on the number of threads.
 """
 
 import torch
 from torch import Tensor
 
-from .native.functions import ADDRESS, COUNT, NUMBER, REAL, TYPE_NUMBERS, function
+from .native.functions import ADDRESS, COUNT, NUMBER, REAL, TYPE_NUMBERS, function, multiplies_bf16
 
 _ATTENTION = (
     "lorikeet_paged_attention",
-    NUMBER,
+    *(NUMBER, NUMBER),
     *(ADDRESS, COUNT, COUNT),
     *(ADDRESS, ADDRESS),
     *(ADDRESS, ADDRESS, ADDRESS, COUNT),
@@ -87,6 +89,7 @@ def paged_attention(
     num_kv_heads, num_blocks, block_size, head_dim = k_cache.shape
     attend(
         TYPE_NUMBERS[q.dtype],
+        q.dtype is torch.bfloat16 and multiplies_bf16(),
         q.data_ptr(),
         q_row,
         q_head,

@@ -87,9 +87,10 @@ public:
                 type_, qkv, qkv_width, s_.rotations, s_.keys[i], s_.values[i], s_.kv_slots, layer.head_norm, eps(), rows,
                 s_.num_heads, s_.num_kv_heads, s_.head_dim, s_.num_blocks * s_.block_size, threads_);
             lorikeet_paged_attention(
-                type_, qkv, qkv_width, s_.head_dim, s_.keys[i], s_.values[i], s_.query_starts, s_.context_lens,
-                s_.block_tables, s_.max_blocks, attended, s_.num_sequences, s_.num_heads, s_.num_kv_heads, s_.head_dim,
-                s_.num_blocks, s_.block_size, static_cast<float>(layer.scale), layer.window, 0.0f, threads_);
+                type_, static_cast<int>(s_.in_pairs), qkv, qkv_width, s_.head_dim, s_.keys[i], s_.values[i],
+                s_.query_starts, s_.context_lens, s_.block_tables, s_.max_blocks, attended, s_.num_sequences,
+                s_.num_heads, s_.num_kv_heads, s_.head_dim, s_.num_blocks, s_.block_size,
+                static_cast<float>(layer.scale), layer.window, 0.0f, threads_);
             apply(layer.o, attended, y);
             norm(y, layer.mlp_norm, x);
             const long mlp_width = layer.down.in_features;

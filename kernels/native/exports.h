@@ -15,10 +15,10 @@ LORIKEET_EXPORT void lorikeet_rope_kv_write(
     int threads);
 
 LORIKEET_EXPORT void lorikeet_paged_attention(
-    int type, const void* q, long q_row, long q_head, const void* keys, const void* values, const int32_t* query_starts,
-    const int32_t* context_lens, const int32_t* block_tables, long max_blocks, void* out, long num_sequences,
-    long num_heads, long num_kv_heads, long head_dim, long num_blocks, long block_size, float scale, long window,
-    float softcap, int threads);
+    int type, int in_pairs, const void* q, long q_row, long q_head, const void* keys, const void* values,
+    const int32_t* query_starts, const int32_t* context_lens, const int32_t* block_tables, long max_blocks, void* out,
+    long num_sequences, long num_heads, long num_kv_heads, long head_dim, long num_blocks, long block_size, float scale,
+    long window, float softcap, int threads);
 
 LORIKEET_EXPORT void lorikeet_silu_and_mul(
     int type, const void* gate_up, long stride, void* out, long num_rows, long width, int threads);

@@ -37,7 +37,7 @@ _LIBRARIES: Final = {
     "avx2": ("avx2", "fma", "f16c", "bmi2"),
     "portable": (),
 }
-_INTERFACE: Final = 4  # of library.cpp
+_INTERFACE: Final = 5  # of library.cpp
 
 
 def function(name: str, *argument_types: Any, brief: bool = False) -> Callable[..., None] | None:

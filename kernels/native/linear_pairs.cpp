@@ -2,7 +2,8 @@
 // kernels/linear.py.
 //
 // Both are read as they lie, 32 columns at once, into sixteen sums of as many lanes, which are added up in the end in a
-// fixed order: a row's results do not depend on the others of its batch, nor on the number of threads.
+// fixed order: a row's results do not depend on the others of its batch, nor on the number of threads. While the first
+// rows are multiplied with a tile of W the next one is fetched.
 
 #include <algorithm>
 
@@ -15,56 +16,53 @@ namespace {
 
 constexpr long COLUMNS = 2 * WIDE_LANES;
 
-// Stores the sum of each vector's lanes. Each step adds one half of what each vector still has to the other half, and puts
-// what is left of two vectors into one.
-inline void store_sums(const Wide* total, float* sums) {
-    // Where the steps below put what they are given.
-    constexpr long ORDER[WIDE_LANES] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
-    Wide left[WIDE_LANES];
-    for (long i = 0; i < 8; i++) {
-        const Wide &a = total[ORDER[i]], &b = total[ORDER[i + 8]];
-        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                  LORIKEET_SHUFFLE_WIDE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (long i = 0; i < 4; i++) {
-        const Wide a = left[i], b = left[i + 4];
-        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                  LORIKEET_SHUFFLE_WIDE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    for (long i = 0; i < 2; i++) {
-        const Wide a = left[i], b = left[i + 2];
-        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  LORIKEET_SHUFFLE_WIDE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    const Wide a = left[0], b = left[1];
-    const Wide sum = LORIKEET_SHUFFLE_WIDE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-                     LORIKEET_SHUFFLE_WIDE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-    std::memcpy(sums, &sum, sizeof sum);
-}
-
-// sums [R, C] of R rows of x and C of W, sixteen together.
-template <long R, long C>
-[[gnu::noinline]] void multiply(const BF16* const* x, const BF16* const* weight, long width, float* sums) {
+// sums [R, C] of R rows of x and C of W, sixteen together. FETCH: has memory bring what lies `ahead` of W's elements.
+template <long R, long C, bool FETCH>
+[[gnu::noinline]] void multiply(
+    const BF16* const* x, const BF16* const* weight, long width, [[maybe_unused]] long ahead, Wide& sums) {
     static_assert(R * C == WIDE_LANES, "as many sums as there are lanes");
     Wide total[R * C];
     // As a loop GCC 12 would make a string instruction of it, and keep the sums in memory.
 #pragma GCC unroll 16
     for (long i = 0; i < R * C; i++) total[i] = Wide{};
-    const auto add = [&](const auto& load_at) {
+    for (long k = 0; k < width; k += COLUMNS) {
+        const auto load_at = [&](const BF16* from, Pairs& to) {
+            width - k >= COLUMNS ? load_pairs(from + k, to) : load_some_pairs(from + k, width - k, to);
+        };
         Pairs columns[C];
-        for (long c = 0; c < C; c++) load_at(weight[c], columns[c]);
+#pragma GCC unroll 16
+        for (long c = 0; c < C; c++) {
+            load_at(weight[c], columns[c]);
+            if (FETCH) __builtin_prefetch(weight[c] + k + ahead, 0, 2);
+        }
+#pragma GCC unroll 4
         for (long r = 0; r < R; r++) {
             Pairs values;
             load_at(x[r], values);
+#pragma GCC unroll 16
             for (long c = 0; c < C; c++) accumulate_pairs(total[r * C + c], columns[c], values);
         }
-    };
-    long k = 0;
-    for (; k + COLUMNS <= width; k += COLUMNS) {
-        add([k](const BF16* from, Pairs& to) { load_pairs(from + k, to); });
     }
-    if (k < width) add([k, width](const BF16* from, Pairs& to) { load_some_pairs(from + k, width - k, to); });
-    store_sums(total, sums);
+    add_lanes(total, sums);
+}
+
+// Of R vectors, each with some sums of all rows, each becomes one row's.
+template <long R>
+inline void by_rows(Wide* x) {
+    if constexpr (R == 2) {
+        const Wide a = x[0], b = x[1];
+        x[0] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        x[1] = LORIKEET_SHUFFLE_WIDE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    } else if constexpr (R == 4) {
+        const Wide a = LORIKEET_SHUFFLE_WIDE(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const Wide b = LORIKEET_SHUFFLE_WIDE(x[2], x[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const Wide c = LORIKEET_SHUFFLE_WIDE(x[0], x[1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        const Wide d = LORIKEET_SHUFFLE_WIDE(x[2], x[3], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        x[0] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        x[1] = LORIKEET_SHUFFLE_WIDE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        x[2] = LORIKEET_SHUFFLE_WIDE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        x[3] = LORIKEET_SHUFFLE_WIDE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
 }
 
 struct PairLinear {
@@ -76,34 +74,43 @@ struct PairLinear {
     BF16* out;
     long num_rows, out_features, in_features;
 
-    // R rows from `row` on and C outputs from `column` on. Of what goes beyond the end the last is computed again.
-    template <long R, long C>
-    void run_some(long row, long column) const {
-        const BF16 *rows[R], *columns[C];
+    // R rows from `row` on and the sixteen outputs from `column` on. Of what goes beyond the end the last is computed
+    // again.
+    template <long R>
+    void run_rows(long row, long column) const {
+        constexpr long C = TILE / R;
+        const BF16* rows[R];
         for (long r = 0; r < R; r++) rows[r] = x + std::min(row + r, num_rows - 1) * x_stride;
-        for (long c = 0; c < C; c++) columns[c] = weight + std::min(column + c, out_features - 1) * weight_stride;
-        alignas(64) float sums[R * C];
-        multiply<R, C>(rows, columns, in_features, sums);
-        for (long r = 0; r < std::min(R, num_rows - row); r++) {
-            for (long c = 0; c < std::min(C, out_features - column); c++) {
-                const float offset = bias == nullptr ? 0.0f : bias[column + c];
-                put(out + (row + r) * out_features + column + c, sums[r * C + c] + offset);
+        Wide sums[R];  // of the outputs [C * i, C * (i + 1)), of all rows
+        for (long i = 0; i < R; i++) {
+            const BF16* columns[C];
+            for (long c = 0; c < C; c++) {
+                columns[c] = weight + std::min(column + i * C + c, out_features - 1) * weight_stride;
             }
+            if (row == 0) {
+                multiply<R, C, true>(rows, columns, in_features, TILE * weight_stride, sums[i]);
+            } else {
+                multiply<R, C, false>(rows, columns, in_features, 0, sums[i]);
+            }
+        }
+        const long width = std::min(TILE, out_features - column);
+        Wide offset{};
+        if (bias != nullptr) std::memcpy(&offset, bias + column, static_cast<size_t>(width) * sizeof(float));
+        by_rows<R>(sums);
+        for (long r = 0; r < R && row + r < num_rows; r++) {
+            store_wide(out + (row + r) * out_features + column, bias == nullptr ? sums[r] : sums[r] + offset, width);
         }
     }
 
     // Tiles of sixteen outputs, whose weights stay in the first-level cache for all rows.
     void run(long tile, long end) const {
         for (; tile < end; tile++) {
-            const long first = tile * TILE;
             if (num_rows == 1) {
-                run_some<1, 16>(0, first);
+                run_rows<1>(0, tile * TILE);
             } else if (num_rows == 2) {
-                for (long column = first; column < first + TILE; column += 8) run_some<2, 8>(0, column);
+                run_rows<2>(0, tile * TILE);
             } else {
-                for (long row = 0; row < num_rows; row += 4) {
-                    for (long column = first; column < first + TILE; column += 4) run_some<4, 4>(row, column);
-                }
+                for (long row = 0; row < num_rows; row += 4) run_rows<4>(row, tile * TILE);
             }
         }
     }

@@ -5,6 +5,8 @@
 // rows, straight from where they lie. First all of h = weight * A x, then all of y += B h: pieces of the second own
 // columns of y, so that rows of several adapters need no locks and are added to in the same order every time. Each
 // element is computed by the same operations whatever rows and threads share the call.
+//
+// Everything is computed in fp32; bfloat16 in pairs is in lora_pairs.cpp.
 
 #include <algorithm>
 #include <vector>
@@ -16,59 +18,29 @@
 namespace lorikeet {
 namespace {
 
+constexpr Pace PACE{0.25, 0.04};
+
 template <class T>
 void add(const Site& site, const Rows& rows, const T* x, long x_stride, T* y, long y_stride, int threads) {
-    thread_local std::vector<Group> groups;
-    thread_local std::vector<ShrinkItem> items;
-    thread_local std::vector<float> h;
-    groups.clear();
-    items.clear();
-    long num_h = 0;
-    double shrink_time = 0, expand_time = 0;
-    for (long g = 0; g < rows.num_groups; g++) {
-        const int32_t* ranks = site.ranks + rows.slots[g] * site.ranks_stride;
-        long rank = 0;
-        for (long s = 0; s < site.num_slices; s++) rank += ranks[s];
-        if (rank == 0) continue;
-        for (long first = rows.starts[g]; first < rows.starts[g + 1]; first += MAX_GROUP) {
-            const long count = std::min<long>(MAX_GROUP, rows.starts[g + 1] - first);
-            const long number = static_cast<long>(groups.size()), most_a = count <= MAX_BLOCK ? 8 : 32;
-            groups.push_back({ranks, first, count, rank, site.offsets[rows.slots[g]], num_h});
-            num_h += count * rank;
-            for (long a = 0; a < rank; a += most_a) items.push_back({number, a, std::min(most_a, rank - a)});
-            shrink_time += nanoseconds(rank * site.in_features, count);
-            for (long s = 0; s < site.num_slices; s++) {
-                expand_time += nanoseconds(ranks[s] * site.widths[s], count);
-            }
-        }
-    }
-    if (groups.empty()) return;
-    h.resize(num_h);
+    thread_local Plan plan_of_thread;
+    make_plan(site, rows, PACE, [](long count) { return count <= MAX_BLOCK ? 8L : 32L; }, plan_of_thread);
+    if (plan_of_thread.groups.empty()) return;
     // What thread_local names in a lambda is of the thread that runs it.
-    const auto& my_groups = groups;
-    const auto& my_items = items;
-    float* my_h = h.data();
-    const long num_items = static_cast<long>(items.size());
-    const auto pieces_of = [](double time, long count) {
-        return std::max(1L, static_cast<long>(PIECE_NS * static_cast<double>(count) / time));
-    };
-    parallel_for(threads, num_items, pieces_of(shrink_time, num_items), [&](long first, long end) {
+    Plan& plan = plan_of_thread;
+    parallel_for(threads, static_cast<long>(plan.items.size()), plan.items_piece, [&](long first, long end) {
         for (long i = first; i < end; i++) {
-            shrink(site, rows, my_groups[my_items[i].group], my_items[i], x, x_stride, my_h);
+            shrink(site, rows, plan.groups[plan.items[i].group], plan.items[i], x, x_stride, plan.h.data());
         }
     });
-    long width = 0;
-    for (long s = 0; s < site.num_slices; s++) width += site.widths[s];
-    const long units = (width + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
-    parallel_for(threads, units, pieces_of(expand_time, units), [&](long first, long end) {
+    parallel_for(threads, plan.units, plan.units_piece, [&](long first, long end) {
         first *= UNIT_COLUMNS;
-        end = std::min(end * UNIT_COLUMNS, width);
+        end = std::min(end * UNIT_COLUMNS, plan.width);
         if constexpr (std::is_same<T, float>::value) {
-            expand<T>(site, my_groups, my_h, {y + first, y_stride, rows.rows}, first, end);
+            expand<T>(site, plan.groups, plan.h.data(), {y + first, y_stride, rows.rows}, first, end);
         } else {
             for (; first < end; first += STRIP) {
                 const long next = std::min(first + STRIP, end);
-                expand_in_float(site, rows, my_groups, my_h, y, y_stride, first, next);
+                expand_in_float(site, rows, plan.groups, plan.h.data(), y, y_stride, first, next);
             }
         }
     });
@@ -89,6 +61,10 @@ LORIKEET_EXPORT void lorikeet_lora_add(
     const void* site, const void* rows, const void* x, long x_stride, void* y, long y_stride, int threads) {
     using namespace lorikeet;
     const Site& linear = *static_cast<const Site*>(site);
+    if (linear.in_pairs != 0) {
+        const BF16* from = static_cast<const BF16*>(x);
+        return add_in_pairs(site, rows, from, x_stride, static_cast<BF16*>(y), y_stride, threads);
+    }
     with_type(static_cast<int>(linear.type), [&](auto* null) {
         using T = std::remove_pointer_t<decltype(null)>;
         const Rows& adapted = *static_cast<const Rows*>(rows);
@@ -104,7 +80,7 @@ LORIKEET_EXPORT void lorikeet_lora_affine(
     with_type(type, [&](auto* null) {
         using T = std::remove_pointer_t<decltype(null)>;
         const long rows = starts[num_segments] - starts[0], units = (width + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
-        const double unit_time = nanoseconds(2 * UNIT_COLUMNS, 4 * rows);
+        const double unit_time = PACE.of(2 * UNIT_COLUMNS, 4 * rows);
         const long piece = std::max(1L, static_cast<long>(PIECE_NS / unit_time));
         parallel_for(threads, units, piece, [&](long first, long end) {
             first *= UNIT_COLUMNS;

@@ -58,6 +58,15 @@ static inline void accumulate_pairs(Wide& total, const Pairs& a, const Pairs& b)
 #endif
 }
 
+// Sixteen values, rounded as `put` does; of the first `count` of them.
+static inline void store_wide(BF16* to, const Wide& value, long count) {
+    typedef uint16_t WideHalves __attribute__((vector_size(32)));
+    const Pairs bits = reinterpret_cast<Pairs>(value), is_nan = reinterpret_cast<Pairs>(value != value);
+    const Pairs rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const WideHalves halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0), WideHalves);
+    std::memcpy(to, &halves, count == WIDE_LANES ? sizeof halves : static_cast<size_t>(count) * sizeof(BF16));
+}
+
 // Looks up 4-bit codes in a table of bfloat16.
 class PairDecoder {
 public:
@@ -85,5 +94,82 @@ public:
 private:
     alignas(64) BF16 table_[32];
 };
+
+// pairs -> their first and second columns in fp32.
+static inline void widen_pairs(const Pairs& pairs, Wide& first, Wide& second) {
+    first = reinterpret_cast<Wide>(pairs << 16);
+    second = reinterpret_cast<Wide>(pairs & 0xFFFF0000u);
+}
+
+// The inverse: rounds to nearest even; a NaN stays one. What is denormal the instruction leaves as zero, other code not.
+static inline void round_pairs(const Wide& first, const Wide& second, Pairs& pairs) {
+#if defined(__AVX512BF16__)
+    // One after the other, then in turns.
+    const __m512bh apart = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    const Pairs order = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                         0x180008, 0x190009, 0x1A000A, 0x1B000B, 0x1C000C, 0x1D000D, 0x1E000E, 0x1F000F};
+    pairs = reinterpret_cast<Pairs>(
+        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(apart)));
+#else
+    BF16 values[2 * WIDE_LANES];
+    for (long i = 0; i < WIDE_LANES; i++) {
+        put(values + 2 * i, first[i]);
+        put(values + 2 * i + 1, second[i]);
+    }
+    std::memcpy(&pairs, values, sizeof pairs);
+#endif
+}
+
+static inline void store_pairs(BF16* to, const Pairs& pairs) { std::memcpy(to, &pairs, sizeof pairs); }
+
+// The first `columns` of them, below 32; nothing after that.
+static inline void store_some_pairs(BF16* to, long columns, const Pairs& pairs) {
+#if defined(__AVX512BW__)
+    _mm512_mask_storeu_epi16(to, (1u << columns) - 1, reinterpret_cast<__m512i>(pairs));
+#else
+    std::memcpy(to, &pairs, static_cast<size_t>(columns) * sizeof(BF16));
+#endif
+}
+
+// total += a * b, rounded once where the instruction set can. Named for the reason that vec.h's `accumulate` has.
+static inline void accumulate(Wide& total, const Wide& a, float b) {
+#if defined(__AVX512F__)
+    Wide sum = total;
+    const Wide factor = reinterpret_cast<Wide>(_mm512_set1_ps(b));
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(factor));
+    total = sum;
+#else
+    total += a * b;
+#endif
+}
+
+// The sum of each vector's lanes. Each step adds one half of what each vector still has to the other half, and puts
+// what is left of two vectors into one.
+static inline void add_lanes(const Wide* total, Wide& sums) {
+    // Where the steps below put what they are given.
+    constexpr long ORDER[WIDE_LANES] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+    Wide left[8];
+#pragma GCC unroll 8
+    for (long i = 0; i < 8; i++) {
+        const Wide &a = total[ORDER[i]], &b = total[ORDER[i + 8]];
+        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  LORIKEET_SHUFFLE_WIDE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+#pragma GCC unroll 8
+    for (long i = 0; i < 4; i++) {
+        const Wide a = left[i], b = left[i + 4];
+        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                  LORIKEET_SHUFFLE_WIDE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+#pragma GCC unroll 8
+    for (long i = 0; i < 2; i++) {
+        const Wide a = left[i], b = left[i + 2];
+        left[i] = LORIKEET_SHUFFLE_WIDE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  LORIKEET_SHUFFLE_WIDE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    const Wide a = left[0], b = left[1];
+    sums = LORIKEET_SHUFFLE_WIDE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           LORIKEET_SHUFFLE_WIDE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
 
 }  // namespace lorikeet

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lorikeet.kernels import linear, nf4_cpu
+from lorikeet.kernels import attention_cpu, linear, lora_site, nf4_cpu
 from lorikeet.kernels.native import functions
 
 LIBRARIES = (*filter(functions.can_run, ("avx512", "avx2", "portable")), "none")
@@ -42,7 +42,7 @@ def multiply_in_pairs(monkeypatch: pytest.MonkeyPatch, in_pairs: bool = True) ->
     """Multiplies bfloat16 as a CPU with AVX512-BF16 does, or as one without; on others the same source runs, without
     its instructions.
     """
-    for module in (linear, nf4_cpu):
+    for module in (attention_cpu, linear, lora_site, nf4_cpu):
         monkeypatch.setattr(module, "multiplies_bf16", lambda: in_pairs)
 
 

@@ -1,4 +1,7 @@
-"""The CPU's LoRA over the rows of all passes equals the plain reference pass by pass, natively and in plain torch."""
+"""The CPU's LoRA over the rows of all passes equals the plain reference pass by pass, natively and in plain torch.
+
+In bfloat16 as CPUs without AVX512-BF16 compute it; pairs are in test_lora_pairs.py.
+"""
 
 import random
 
@@ -10,7 +13,7 @@ from lorikeet.kernels.lora_rows import AdaptedRows, Piece
 from lorikeet.kernels.lora_site import LoraSite
 
 from .lora_cases import bits, make_case
-from .native_libraries import LIBRARIES, use_library
+from .native_libraries import LIBRARIES, multiply_in_pairs, use_library
 
 # (atol, rtol). fp32: sums of 48 to 64 products in another order. 16-bit: y is rounded once, half a unit in the last
 # place, and the same where the fp32 values lie on either side of a tie.
@@ -22,6 +25,7 @@ RANKS = [(1, 3, 8), (16, 17, 0), (64, 0, 1), (0, 256, 0), (3, 3, 3)]
 
 @pytest.fixture(params=LIBRARIES, autouse=True)
 def library(request, monkeypatch):
+    multiply_in_pairs(monkeypatch, False)
     use_library(monkeypatch, request.param, lora_site, {"_add": lora_site._ADD, "_add_briefly": lora_site._ADD})
     return request.param
 
