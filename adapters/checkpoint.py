@@ -17,9 +17,9 @@ from .config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from .errors import AdapterInvalidError, AdapterMemoryError
 from .paths import FileStamp, file_stamp, open_contained
 from .payload import PayloadTensors
-from .plan import AdapterPlan, Planner
 from .shards import open_weights
 from .tensor_map import Placement
+from .tensor_plan import TensorPlan, TensorPlanner
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files
 from .weights_file import new_digest, unreadable
 
@@ -37,7 +37,7 @@ class Checkpoint:
         tokenizer: what it ships of a tokenizer.
     """
 
-    plan: AdapterPlan
+    plan: TensorPlan
     digest: str
     tensors: Mapping[str, Tensor]
     files: dict[str, tuple[bytes | memoryview, ...]]
@@ -51,7 +51,7 @@ class Checkpoint:
 
 def load_checkpoint(
     directory: Path,
-    planner: Planner,
+    planner: TensorPlanner,
     *,
     roots: Sequence[Path] = (),
     max_elements: int | None = None,

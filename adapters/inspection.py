@@ -18,13 +18,13 @@ from .golden import Golden, read_golden
 from .modules import ModuleTable
 from .packing import pack_adapter
 from .payload import PayloadTensors
-from .plan import AdapterPlan
 from .report import AdapterReport, make_report
 from .scaling import Scaling
 from .shards import open_weights
 from .sites import SiteTable
 from .tensor_map import Groups, Placement, group_tensors, place_tensors
 from .tensor_names import Part
+from .tensor_plan import TensorPlan
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files
 from .weights_file import new_digest
 
@@ -114,7 +114,7 @@ def inspect_directory(
             placement = place_tensors(groups, config, site_table, modules, known)
             # Packed as a server on a CPU would: finds values that scaling makes too large.
             packed = pack_adapter(
-                Checkpoint(AdapterPlan(config, placement, site_table, modules), found.digest, tensors, {}),
+                Checkpoint(TensorPlan(config, placement, site_table, modules), found.digest, tensors, {}),
                 _UnknownWeights(site_table, modules),
                 dtype=torch.float32,
                 pin_memory=False,

@@ -20,8 +20,8 @@ from .merge.training_base import said_in_card
 from .modules import BaseWeights, ModuleTable
 from .origin import Origin
 from .packing import PackedAdapter, pack_adapter
-from .plan import Planner
 from .sites import SiteTable
+from .tensor_plan import TensorPlanner
 from .tokenizer_files import TokenizerFiles
 
 _log = structlog.get_logger(__name__)
@@ -73,7 +73,7 @@ class AdapterReader:
         pin_memory: bool,
         max_bytes: int,
     ) -> None:
-        self._planner = Planner(site_table, modules, base)
+        self._planner = TensorPlanner(site_table, modules, base)
         self._weights = weights
         self._base = base
         self._dtype = dtype

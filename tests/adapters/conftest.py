@@ -15,9 +15,9 @@ from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.manager import AdapterManager
 from lorikeet.adapters.modules import ModuleTable
 from lorikeet.adapters.packing import PackedAdapter, pack_adapter
-from lorikeet.adapters.plan import Planner
 from lorikeet.adapters.sites import Site, SiteTable, Slice
 from lorikeet.adapters.state.state_dir import StateDir, open_state_dir
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.adapters.watcher import AdapterWatcher
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -92,7 +92,7 @@ def pack(
     sites: SiteTable, modules: ModuleTable, weights: DenseWeights, base: BaseFingerprint
 ) -> Callable[..., PackedAdapter]:
     """pack(directory, dtype=float32, **kwargs): an adapter directory, read and packed; all with one planner."""
-    planner = Planner(sites, modules, base)
+    planner = TensorPlanner(sites, modules, base)
 
     def load_and_pack(directory: Path, dtype: torch.dtype = torch.float32, **kwargs: bool) -> PackedAdapter:
         checkpoint = load_checkpoint(directory, planner)

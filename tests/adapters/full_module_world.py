@@ -6,7 +6,7 @@ import torch
 from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.packing import REGION_ALIGNMENT, pack_adapter
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,7 +57,7 @@ class World:
         return model
 
     def pack(self, **kwargs):
-        checkpoint = load_checkpoint(self.directory, Planner(self.sites, self.modules, BaseFingerprint()))
+        checkpoint = load_checkpoint(self.directory, TensorPlanner(self.sites, self.modules, BaseFingerprint()))
         self.packed = pack_adapter(checkpoint, self.weights, dtype=self.dtype, pin_memory=False, **kwargs)
         return self.packed
 

@@ -21,8 +21,8 @@ from lorikeet.adapters.errors import (
 )
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.inspection import inspect_directory
-from lorikeet.adapters.plan import Planner
 from lorikeet.adapters.sites import Site, SiteTable, Slice
+from lorikeet.adapters.tensor_plan import TensorPlanner
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def load(sites, modules, base):
-    return lambda directory, **kwargs: load_checkpoint(directory, Planner(sites, modules, base), **kwargs)
+    return lambda directory, **kwargs: load_checkpoint(directory, TensorPlanner(sites, modules, base), **kwargs)
 
 
 def write_raw(path, header, payload=b""):
@@ -174,7 +174,7 @@ def test_other_base_is_named_when_shapes_do_not_fit(lora_dir, edit_config, modul
     )
     edit_config(lora_dir, base_model_name_or_path="meta-llama/Llama-3-8B", target_modules=None)
     with pytest.raises(AdapterIncompatibleError, match=r"trained for 'llama-3-8b'; this server's base is 'smollm2'"):
-        load_checkpoint(lora_dir, Planner(other, modules, BaseFingerprint("/models/SmolLM2")))
+        load_checkpoint(lora_dir, TensorPlanner(other, modules, BaseFingerprint("/models/SmolLM2")))
 
 
 @pytest.mark.parametrize(

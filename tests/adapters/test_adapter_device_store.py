@@ -11,7 +11,7 @@ from lorikeet.adapters.arena import ALIGNMENT
 from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.device_store import DeviceStore
 from lorikeet.adapters.packing import REGION_ALIGNMENT, OverrideKind, pack_adapter
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from peft import LoraConfig
 
 from .hand_made import HandMade
@@ -197,7 +197,7 @@ def test_compaction_makes_room_for_an_adapter_that_did_not_fit(sites, make_packe
 
 def test_peft_adapter_survives_the_way_to_the_device(tmp_path, save_adapter, sites, modules, weights, base, unpack):
     expected = save_adapter(LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM"), tmp_path)
-    checkpoint = load_checkpoint(tmp_path, Planner(sites, modules, base))
+    checkpoint = load_checkpoint(tmp_path, TensorPlanner(sites, modules, base))
     packed = pack_adapter(checkpoint, weights, dtype=torch.float32, pin_memory=False)
     store = DeviceStore(sites, torch.float32, CPU, 2**20, 2)
     got = read_back(store, packed, store.install(packed), unpack)

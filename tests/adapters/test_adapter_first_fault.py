@@ -15,8 +15,8 @@ from lorikeet.adapters import packing
 from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.errors import AdapterIncompatibleError, AdapterInvalidError
 from lorikeet.adapters.inspection import inspect_directory
-from lorikeet.adapters.plan import Planner
 from lorikeet.adapters.shards import open_weights
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.adapters.weights_file import WEIGHTS_FILE
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -47,7 +47,7 @@ def tensors(tmp_path, save_adapter, rng):
 
 @pytest.fixture
 def load(tmp_path, sites, modules, base):
-    return lambda: load_checkpoint(tmp_path, Planner(sites, modules, base))
+    return lambda: load_checkpoint(tmp_path, TensorPlanner(sites, modules, base))
 
 
 def write(path, tensors, rng):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lorikeet.adapters.checkpoint import load_checkpoint
 from lorikeet.adapters.errors import AdapterIncompatibleError, AdapterInvalidError, AdapterMemoryError
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from peft import LoraConfig
 
 PREFIX = "base_model.model."
@@ -128,9 +128,9 @@ def test_untrained_dora_is_a_zero_delta(tmp_path, save_adapter_only, edit_tensor
 def test_everything_counts_before_the_payload_is_read(config, tmp_path, save_adapter_only, sites, modules, base, pack):
     save_adapter_only(config, tmp_path)
     elements = pack(tmp_path).data.numel()
-    load_checkpoint(tmp_path, Planner(sites, modules, base), max_elements=elements)
+    load_checkpoint(tmp_path, TensorPlanner(sites, modules, base), max_elements=elements)
     with pytest.raises(AdapterMemoryError, match=f"takes {elements} elements"):
-        load_checkpoint(tmp_path, Planner(sites, modules, base), max_elements=elements - 1)
+        load_checkpoint(tmp_path, TensorPlanner(sites, modules, base), max_elements=elements - 1)
 
 
 @pytest.mark.parametrize("change", ["default_everywhere", "no_prefix", "compiled", "mixed_types"])

@@ -8,7 +8,7 @@ import torch
 from lorikeet.adapters.checkpoint import check_complete, load_checkpoint
 from lorikeet.adapters.errors import AdapterInvalidError
 from lorikeet.adapters.inspection import inspect_directory
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.adapters.weights_file import WEIGHTS_FILE
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +36,7 @@ def sharded(lora_dir, index):
 
 @pytest.fixture
 def load(sites, modules, base):
-    return lambda directory: load_checkpoint(directory, Planner(sites, modules, base))
+    return lambda directory: load_checkpoint(directory, TensorPlanner(sites, modules, base))
 
 
 def edit_map(path, change):

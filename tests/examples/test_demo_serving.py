@@ -12,7 +12,7 @@ from lorikeet.adapters.device_store import DeviceStore
 from lorikeet.adapters.layers import LoraLinear
 from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.adapters.packing import pack_adapter
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.server.base.demo import BASE_NAME, MODEL_DIR_NAME
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.config import default_cache_dir
@@ -43,7 +43,7 @@ def test_all_four_in_one_batch_each_lower_the_perplexity_of_their_own_text(demo_
         progress=False,
     )
     store = DeviceStore(base.site_table, torch.float32, base.device, 64 * 2**20, max_slots=8)
-    planner = Planner(base.site_table, base.module_table, base.fingerprint)
+    planner = TensorPlanner(base.site_table, base.module_table, base.fingerprint)
     slots = []
     for name in NAMES:
         checkpoint = load_checkpoint(EXAMPLES / "adapters" / name, planner)

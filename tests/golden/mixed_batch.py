@@ -10,7 +10,7 @@ from lorikeet.adapters.device_store import DeviceStore
 from lorikeet.adapters.layers import LoraLinear
 from lorikeet.adapters.lora_batch import LoraBatch
 from lorikeet.adapters.packing import pack_adapter
-from lorikeet.adapters.plan import Planner
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.server.base.loader import load_base
 from lorikeet.server.base.model import BaseModel
 from torch import Tensor
@@ -68,7 +68,7 @@ class AdaptedBase:
         self.base = base = plain_base(golden, dtype)
         store = DeviceStore(base.site_table, dtype, base.device, 16 * 2**20, max_slots=16)
         self.slots = {"": -1}
-        planner = Planner(base.site_table, base.module_table, base.fingerprint)
+        planner = TensorPlanner(base.site_table, base.module_table, base.fingerprint)
         for name in golden.names:
             checkpoint = load_checkpoint(golden.adapters / name, planner)
             packed = pack_adapter(checkpoint, base.weights, dtype=dtype, pin_memory=False)

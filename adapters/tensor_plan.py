@@ -39,7 +39,7 @@ class LaidOut:
     report: AdapterReport
 
 
-class AdapterPlan:
+class TensorPlan:
     """What all adapters with the same config and headers share. Thread-safe.
 
     Args:
@@ -85,7 +85,7 @@ class AdapterPlan:
         return LaidOut(layout, offsets, affines, ranks, make_report(self.config, self.placement, dropped))
 
 
-class Planner:
+class TensorPlanner:
     """Works plans out, and remembers the last ones. Thread-safe.
 
     Args:
@@ -98,7 +98,7 @@ class Planner:
         self._modules = modules
         self._base = base
         self._configs: Memo[bytes, AdapterConfig] = Memo(NUM_SHARED)
-        self._plans: Memo[tuple[bytes, tuple[WeightsHeader, ...]], AdapterPlan] = Memo(NUM_SHARED)
+        self._plans: Memo[tuple[bytes, tuple[WeightsHeader, ...]], TensorPlan] = Memo(NUM_SHARED)
 
     def parse(self, config_bytes: bytes) -> AdapterConfig:
         """As `config.parse_config`."""
@@ -106,7 +106,7 @@ class Planner:
             return parse_config(config_bytes)
         return self._configs.get(config_bytes, lambda: parse_config(config_bytes))
 
-    def plan(self, config_bytes: bytes, config: AdapterConfig, weights: OpenWeights) -> AdapterPlan:
+    def plan(self, config_bytes: bytes, config: AdapterConfig, weights: OpenWeights) -> TensorPlan:
         """The plan of an adapter.
 
         Args:
@@ -118,10 +118,10 @@ class Planner:
             AdapterInvalidError, AdapterIncompatibleError: as `tensor_map.group_tensors` and `place_tensors`.
         """
 
-        def make() -> AdapterPlan:
+        def make() -> TensorPlan:
             groups = group_tensors(weights.tensors, config)
             placement = place_tensors(groups, config, self._sites, self._modules, self._base)
-            return AdapterPlan(config, placement, self._sites, self._modules)
+            return TensorPlan(config, placement, self._sites, self._modules)
 
         headers = weights.headers
         if max(len(config_bytes), sum(len(header.raw) for header in headers)) > MAX_SHARED_BYTES:

@@ -15,8 +15,8 @@ from lorikeet.adapters.errors import AdapterIncompatibleError, AdapterInvalidErr
 from lorikeet.adapters.fingerprint import BaseFingerprint
 from lorikeet.adapters.memo import Memo
 from lorikeet.adapters.packing import pack_adapter
-from lorikeet.adapters.plan import Planner
 from lorikeet.adapters.shards import open_weights
+from lorikeet.adapters.tensor_plan import TensorPlanner
 from lorikeet.adapters.weights_file import MAX_SHARED_BYTES, WEIGHTS_FILE
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ NUM_THREADS = 4
 
 @pytest.fixture
 def planner(sites, modules, base):
-    return Planner(sites, modules, base)
+    return TensorPlanner(sites, modules, base)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_another_config_or_header_is_another_plan(lora_dir, other_dir, planner, 
 
 
 def test_planners_of_other_bases_share_no_plan(lora_dir, planner, sites, modules, base):
-    other = Planner(sites, modules, base)
+    other = TensorPlanner(sites, modules, base)
     assert load_checkpoint(lora_dir, planner).plan is not load_checkpoint(lora_dir, other).plan
 
 
@@ -102,11 +102,11 @@ def test_copies_of_the_base_are_told_apart_though_the_plan_is_shared(tied, tmp_p
     for name in changed:
         tensors[name] += torch.randn(tensors[name].shape)
     save_file(tensors, path, metadata={"format": "pt"})
-    planner, packs = Planner(world.sites, world.modules, BaseFingerprint()), {}
+    planner, packs = TensorPlanner(world.sites, world.modules, BaseFingerprint()), {}
     for _ in range(2):
         for directory in (world.directory, untrained):
             checkpoint = load_checkpoint(directory, planner)
-            fresh = load_checkpoint(directory, Planner(world.sites, world.modules, BaseFingerprint()))
+            fresh = load_checkpoint(directory, TensorPlanner(world.sites, world.modules, BaseFingerprint()))
             packs[directory], expected = (
                 pack_adapter(c, world.weights, dtype=torch.float32, pin_memory=False) for c in (checkpoint, fresh)
             )
@@ -143,7 +143,7 @@ def test_adapters_of_one_plan_read_at_once_equal_peft(
         found = [each for part in pool.map(read, [secrets.randbits(31) for _ in range(NUM_THREADS)]) for each in part]
     assert len(plans) == 1
     for folder in folders:
-        fresh = load_checkpoint(folder, Planner(sites, modules, base))
+        fresh = load_checkpoint(folder, TensorPlanner(sites, modules, base))
         alone = pack_adapter(fresh, weights, dtype=dtype, pin_memory=False)
         mine = [packed for at, packed in found if at == folder]
         assert len(mine) == 3 * NUM_THREADS
