@@ -96,16 +96,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context that no request comes to the end of while a test watches it."""
-    from .tiny import save_tiny_model
-
-    directory = tmp_path_factory.mktemp("long-model")
-    save_tiny_model(directory, max_context=65_536)
-    return directory
-
-
-@pytest.fixture(scope="session")
 def tiny_adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with one folder for each of TINY_ADAPTERS, of different ranks and targets, as PEFT saves them."""
     from .tiny import save_tiny_adapter

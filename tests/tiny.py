@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-MAX_CONTEXT = 512
+# One that no request comes to the end of while a test watches it, on a fast machine either.
+MAX_CONTEXT = 16_384
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -23,7 +24,7 @@ TEXT = (
 )
 
 
-def save_tiny_model(directory: Path, max_context: int = MAX_CONTEXT) -> None:
+def save_tiny_model(directory: Path) -> None:
     """Save a seeded 2-layer Llama (NF4-able: widths are multiples of 64) and its tokenizer."""
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(directory)
@@ -35,7 +36,7 @@ def save_tiny_model(directory: Path, max_context: int = MAX_CONTEXT) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=max_context,
+        max_position_embeddings=MAX_CONTEXT,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -12,11 +12,11 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def finished(long_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("bench-loading")
     # Rank 27 of the tiny base; the files are smaller than --quick alone would make them.
     options = ("--quick", "--adapter-mb", "0.2", "--seconds", "0.5", "--threads", "1", "--device", "cpu")
-    return run_script("adapter_loading.py", "--model", long_model, "--out", out, *options), out
+    return run_script("adapter_loading.py", "--model", tiny_model, "--out", out, *options), out
 
 
 def test_loading_prints_ratios_before_the_tables(finished):

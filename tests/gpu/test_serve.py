@@ -81,7 +81,7 @@ def test_streams_of_all_adapters_end_whole_and_leave_nothing(server: ServerProce
 
 def test_a_cancelled_stream_gives_its_blocks_back(server: ServerProcess) -> None:
     with LorikeetClient(server.address, timeout_s=60) as client:
-        stream = client.stream(prompt=TEXT[0], adapter_id="cedar", max_tokens=400, temperature=0.0, ignore_eos=True)
+        stream = client.stream(prompt=TEXT[0], adapter_id="cedar", max_tokens=10_000, temperature=0.0, ignore_eos=True)
         assert any(event.HasField("delta") for event in stream)
         stream.close()
         eventually(server.is_idle)

@@ -119,7 +119,7 @@ def test_adapters_by_tier_bytes_evictions_and_loads(server, client):
 
 def test_gateway_metrics_name_adapters_that_run_and_that_are_loaded(server, client):
     assert 'running_lora_adapters=""' in server.scrape()
-    stream = client.stream(prompt=TEXT[0], adapter_id="cedar", max_tokens=400, **GREEDY)
+    stream = client.stream(prompt=TEXT[0], adapter_id="cedar", max_tokens=10_000, **GREEDY)
     assert next(stream).HasField("started")
     eventually(lambda: 'running_lora_adapters="cedar"' in server.scrape())
     assert server.metric("vllm:lora_requests_info", running_lora_adapters="cedar", max_lora="1024") > 1e9

@@ -29,10 +29,9 @@ def outcome(address, max_tokens, started=None):
     return tokens
 
 
-def test_full_queue_then_drain_timeout(server_arguments, long_model, tmp_path):
+def test_full_queue_then_drain_timeout(server_arguments, tmp_path):
     """One server for both, since starting one takes ten seconds. It runs one request at a time and lets two wait."""
-    arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "64MiB", "--drain-timeout-s", "0.2"]
-    arguments += ["--model", str(long_model)]
+    arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "32MiB", "--drain-timeout-s", "0.2"]
     with running_server(tmp_path / "log", *server_arguments, *arguments) as server, ThreadPoolExecutor(12) as pool:
         outcomes = list(pool.map(lambda _: outcome(server.address, 100), range(12)))
         errors = [item for item in outcomes if isinstance(item, RemoteError)]
@@ -44,9 +43,9 @@ def test_full_queue_then_drain_timeout(server_arguments, long_model, tmp_path):
         assert outcome(server.address, 3) == 3
 
         started = threading.Semaphore(0)
-        streams = [pool.submit(outcome, server.address, 30_000, started)]
+        streams = [pool.submit(outcome, server.address, 15_000, started)]
         assert started.acquire(timeout=30)
-        streams.append(pool.submit(outcome, server.address, 30_000))
+        streams.append(pool.submit(outcome, server.address, 15_000))
         eventually(lambda: server.metric("lorikeet_requests_waiting") == 1)
         server.terminate()
         errors = [stream.result(timeout=60) for stream in streams]

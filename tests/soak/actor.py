@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from typing import TypeVar
@@ -69,16 +70,15 @@ class Actor(threading.Thread):
             What the call returned, or its error.
         """
         self.world.count(operation)
-        before = self.world.faults.counts()
+        asked_at = time.monotonic()
         try:
             return call()
         except ServingError as error:
             expected = set(allowed)
             if reads:
-                now = self.world.faults.counts()
-                if now["read"] > before["read"]:
+                if self.world.faults.happened_since("read", asked_at):
                     expected |= READ_FAULTS
-                if now["device"] > before["device"]:
+                if self.world.faults.happened_since("device", asked_at):
                     expected |= DEVICE_FAULTS
                 expected.update(self.excused())
             self.world.check_reason(operation, error.reason, error.message, expected)

@@ -140,7 +140,7 @@ def test_replacement_never_makes_the_name_unknown(serve, put, prompt):
 
     asking = start(ask)
     try:
-        for i in range(8):
+        for i in range(40):
             app.manager.load("x", ("plain-2", "plain")[i % 2])
     finally:
         stop.set()
