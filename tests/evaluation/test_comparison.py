@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..devices import CPU
 from ..golden.peft_oracle import nf4_model
-from ..tiny import TEXT, save_tiny_adapter, save_tiny_model
+from ..tiny import MAX_CONTEXT, TEXT, save_tiny_adapter, save_tiny_model
 
 # (dtype fp32, tolerance): the same fp32 weights on both sides; matmuls are grouped differently.
 TOLERANCE = 2e-4
@@ -134,8 +134,8 @@ def test_bad_input(world: World, engine: LocalEngine, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(EvaluationError, match="damaged"):
         TransformersModel(tmp_path, device=CPU, compute_dtype=torch.float32)
-    with pytest.raises(EvaluationError, match="at most 512"):
-        perplexities(engine, {"base": ()}, world.texts, context=513)
+    with pytest.raises(EvaluationError, match=f"at most {MAX_CONTEXT}"):
+        perplexities(engine, {"base": ()}, world.texts, context=MAX_CONTEXT + 1)
 
 
 def test_tokens_that_nobody_here_knows_are_refused_and_the_engine_goes_on(world: World, engine: LocalEngine) -> None:

@@ -71,6 +71,7 @@ async def test_pins_that_wait_hold_up_no_load(manager):
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 async def test_given_up_loads_leave_no_thread_and_no_queue_behind(manager, how):
     async with serve(manager) as (_, channel, _):
+        tasks = len(asyncio.all_tasks())
         deadline_s = 0.5 if how == "deadline" else None
         given_up = [
             asyncio.ensure_future(call(channel, "LoadAdapter", deadline_s, adapter_id=f"gone-{n}")) for n in range(50)
@@ -83,6 +84,7 @@ async def test_given_up_loads_leave_no_thread_and_no_queue_behind(manager, how):
         else:
             for each in given_up:
                 assert (await error_of(each)).code == "DEADLINE_EXCEEDED"
+        await wait_for(lambda: len(asyncio.all_tasks()) <= tasks)  # the server has heard of it
         later = [
             asyncio.ensure_future(call(channel, "LoadAdapter", adapter_id=f"new-{n}")) for n in range(LOAD_THREADS)
         ]
