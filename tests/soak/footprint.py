@@ -15,10 +15,11 @@ import torch
 from lorikeet.adapters.packing import PackedAdapter
 from lorikeet.adapters.reader import LoadedAdapter
 from lorikeet.adapters.record import Record
+from lorikeet.adapters.tensor_plan import LaidOut
 from lorikeet.server.engine.output import Output
 from lorikeet.server.engine.request import Request
 
-_COUNTED: Final = (Record, PackedAdapter, LoadedAdapter, Request, Output, Future, torch.Tensor)
+_COUNTED: Final = (Record, PackedAdapter, LoadedAdapter, LaidOut, Request, Output, Future, torch.Tensor)
 _LIBC: Final = ctypes.CDLL(None)
 
 
