@@ -47,7 +47,7 @@ async def test_engine_gets_the_checked_request():
     assert request.adapter == Adaptation.single(AdapterVersion("kjv", "d1" * 32))
     assert request.params.greedy
     assert request.params.max_tokens == MAX_CONTEXT - 3
-    assert 25 < request.deadline - request.arrival <= 30
+    assert 25 < request.deadline - request.arrival <= 30.5  # gRPC rounds what is left up, to tenths of a second here
     # The engine has the pin now: it gives it back when the request ends.
     assert server.adapters.pins == 1
     assert server.engine.aborted == []
