@@ -58,7 +58,8 @@ SETTINGS: dict[str, Any] = {
 RSS_BOUND = 32 * 2**20
 MALLOC_BOUND = 4 * 2**20
 OBJECTS_BOUND = 1000
-TENSORS_OF_A_STEP = 16  # the step loop keeps those of its last step until the next
+# The step loop keeps those of its last step until the next; one of sums of adapters has some for each pass.
+TENSORS_OF_A_STEP = 32
 # Of what is remembered for adapters that have their headers in common, NUM_SHARED times at most.
 TENSORS_OF_A_PLAN, OBJECTS_OF_A_PLAN = 3, 200
 CLOSE_AFTER_S = 3.0
