@@ -63,7 +63,7 @@ def beside_decodes(app: App, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu, id="cuda")])
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_slowdown": 2.0}, {"kv_cache_bytes": "544KiB"}], ids=["all", "bound", "preempted"]
+    "settings", [{}, {"max_slowdown": 2.0}, {"kv_cache_bytes": "416KiB"}], ids=["all", "bound", "preempted"]
 )
 def test_greedy_tokens_of_decodes_beside_long_prompts(
     settings: dict[str, Any],
