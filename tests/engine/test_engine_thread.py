@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from lorikeet.server.engine import step_loop
 from lorikeet.server.engine.request import Finished
 from lorikeet.server.engine.sampling_params import SamplingParams
 from lorikeet.server.engine.stats import EngineState
@@ -20,7 +21,7 @@ A, B = version("a"), version("b")
 LONG = SamplingParams(temperature=0.0, max_tokens=150)
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()
     while not condition():
@@ -63,7 +64,7 @@ def test_requests_from_many_threads_end_once_each(threaded):
     for thread in threads:
         thread.join()
     wait_for(lambda: all(client.end for client in world.clients))
-    world.engine.drain(5.0)
+    world.engine.drain(90.0)
     world.check_nothing_is_held()
     for client in world.clients:
         assert client.tokens == expected_tokens(
@@ -81,21 +82,20 @@ def test_idle_engine_sleeps_and_wakes_for_a_request(threaded):
     wait_for(lambda: client.end)
 
 
-def test_engine_with_a_blocked_request_hardly_turns_and_wakes_for_its_adapter(threaded):
+def test_engine_with_a_blocked_request_hardly_turns_and_wakes_for_its_adapter(threaded, monkeypatch):
+    monkeypatch.setattr(step_loop, "_RETRY_EVERY_S", 3600.0)  # nothing but the adapter wakes it
     world = threaded(load_steps=NEVER)
     client = world.submit([1], GREEDY, A)
     wait_for(lambda: client.request.order >= 0)
     threading.Event().wait(0.1)
     before = world.adapters.num_step_works
     threading.Event().wait(0.5)
-    assert world.adapters.num_step_works - before <= 2
+    assert world.adapters.num_step_works - before <= 2  # it had not come to rest yet, at worst
     world.adapters.put(A)
     world.adapters._wanted.clear()
     world.adapters.on_ready()
-    started = time.monotonic()
     wait_for(lambda: client.end)
     assert isinstance(client.end, Finished)
-    assert time.monotonic() - started < 5.0
 
 
 def test_deadline_wakes_an_engine_that_has_nothing_to_run(threaded):
@@ -125,9 +125,7 @@ def test_drain_fails_what_has_not_ended_at_its_deadline(threaded):
 
 def test_drain_of_an_idle_engine_returns_at_once(threaded):
     world = threaded()
-    started = time.monotonic()
-    world.engine.drain(30.0)
-    assert time.monotonic() - started < 10.0
+    world.engine.drain(3600.0)  # longer than a test may take
 
 
 @pytest.mark.parametrize("is_started", [True, False], ids=["started", "never started"])

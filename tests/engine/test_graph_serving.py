@@ -39,12 +39,13 @@ def beside_decodes(app: App, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
     prompts = [[draw.randrange(3, 250) for _ in range(length)] for length in (3, 17, 5, 9, 260, 130, 64, 331)]
     names = ["", *TINY_ADAPTERS]
     calls: list[Call] = []
-    decoding, submitted = threading.Event(), threading.Event()
+    begun, decoding, submitted = threading.Event(), threading.Event(), threading.Event()
     forward = Runner.forward
 
     def held(runner: Runner, step: ScheduledStep) -> torch.Tensor:
-        # However late this test's thread has its turn, no stream is far ahead of the long prompts.
-        if len(calls) == 4 and all(call.request.output_token_ids for call in calls):
+        # However late this test's thread has its turn, no stream is far ahead of another or of the long prompts.
+        assert begun.wait(60)
+        if all(call.request.output_token_ids for call in calls):
             decoding.set()
             assert submitted.wait(60)
         return forward(runner, step)
@@ -52,11 +53,12 @@ def beside_decodes(app: App, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "forward", held)
         calls += [Call(app, f"d{i}", names[i], prompt, greedy_params(150)) for i, prompt in enumerate(prompts[:4])]
+        begun.set()
         assert decoding.wait(60)
         late = [Call(app, f"p{i}", names[i], prompt, greedy_params(25)) for i, prompt in enumerate(prompts[4:])]
         submitted.set()
     calls += late
-    found = [call.result(30).token_ids for call in reversed(calls)]
+    found = [call.result().token_ids for call in reversed(calls)]
     # Begins as the first long one does, which is in the prefix cache by then.
     return [*found, Call(app, "again", names[0], prompts[4][:200] + prompts[0], greedy_params(3)).result().token_ids]
 

@@ -140,6 +140,6 @@ class FakeManager:
         gate = self.gates.get(method)
         if gate is not None:
             self.entered.release()
-            assert gate.wait(20)
+            assert gate.wait(90)
         if self.fail is not None:
             raise self.fail

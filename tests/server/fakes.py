@@ -33,6 +33,8 @@ from lorikeet.server.status import RemoteError, remote_error
 from .fake_manager import FakeManager
 from .fake_merges import FakeMerges
 
+# Of whatever is waited for: a machine that is far too busy is not what is tested.
+PATIENCE_S = 90.0
 VOCAB_SIZE = 100
 MAX_CONTEXT = 64
 VERSIONS = {
@@ -64,7 +66,7 @@ def one_token_each(*texts: str) -> list[Event]:
     return [*events, Finished(FinishReason.STOP, 3, 1, len(texts))]
 
 
-async def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+async def wait_for(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Poll until a condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  # what is waited for has no event
@@ -240,7 +242,7 @@ def serve_on_thread(**parts: Any) -> Iterator[str]:
     with structlog.testing.capture_logs():  # by default they go to standard output, where the commands print
         thread.start()
         try:
-            assert started.wait(10)
+            assert started.wait(PATIENCE_S)
             yield addresses[0]
         finally:
             loop.call_soon_threadsafe(stop.set)

@@ -56,8 +56,8 @@ class ServerProcess:
         threading.Thread(target=self._read, daemon=True).start()
         self.ready = self._wait_until_ready()
         self.address = self.ready["address"]
-        self.command = self._lines.get(timeout=10)
-        with LorikeetClient(self.address, timeout_s=10) as client:
+        self.command = self._lines.get(timeout=60)
+        with LorikeetClient(self.address, timeout_s=60) as client:
             assert client.is_serving()
 
     def _read(self) -> None:
@@ -79,7 +79,7 @@ class ServerProcess:
 
     def scrape(self) -> str:
         """The text of /metrics."""
-        with urllib.request.urlopen(self.ready["metrics"], timeout=10) as response:
+        with urllib.request.urlopen(self.ready["metrics"], timeout=60) as response:
             return response.read().decode()
 
     def metric(self, name: str, **labels: str) -> float:
@@ -126,7 +126,7 @@ def running_server(log: Path, *arguments: str) -> Iterator[ServerProcess]:
         server.kill()
 
 
-def eventually(condition, timeout_s: float = 30):
+def eventually(condition, timeout_s: float = 90):
     """Poll until the condition holds; a RemoteError or a refused connection counts as not yet.
 
     Returns:

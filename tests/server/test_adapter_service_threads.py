@@ -45,9 +45,9 @@ async def test_any_number_of_slow_loads_holds_up_no_quick_call(manager):
         loads = [asyncio.ensure_future(call(channel, "LoadAdapter", adapter_id=f"new-{n}")) for n in range(20)]
         await wait_for(lambda: count(manager, "load") == LOAD_THREADS)
         for method, fields in QUICK:
-            await call(channel, method, deadline_s=10, **fields)
+            await call(channel, method, deadline_s=60, **fields)
         stub = GenerationServiceStub(channel)
-        assert (await stub.Generate(generation_pb2.GenerateRequest(prompt="x"), timeout=10)).text == "Hello world"
+        assert (await stub.Generate(generation_pb2.GenerateRequest(prompt="x"), timeout=60)).text == "Hello world"
         assert count(manager, "load") == LOAD_THREADS
         manager.gates["load"].set()
         assert {response.adapter.adapter_id for response in await asyncio.gather(*loads)} == {
@@ -61,8 +61,8 @@ async def test_pins_that_wait_hold_up_no_load(manager):
     async with serve(manager) as (_, channel, _):
         pins = [asyncio.ensure_future(call(channel, "PinAdapter", adapter_id="kjv")) for _ in range(WAIT_THREADS + 3)]
         await wait_for(lambda: count(manager, "pin") == WAIT_THREADS)
-        await call(channel, "LoadAdapter", deadline_s=10, adapter_id="new")
-        await call(channel, "UnpinAdapter", deadline_s=10, adapter_id="kjv")
+        await call(channel, "LoadAdapter", deadline_s=60, adapter_id="new")
+        await call(channel, "UnpinAdapter", deadline_s=60, adapter_id="kjv")
         manager.gates["pin"].set()
         await asyncio.gather(*pins)
     assert count(manager, "pin") == WAIT_THREADS + 3
@@ -72,18 +72,23 @@ async def test_pins_that_wait_hold_up_no_load(manager):
 async def test_given_up_loads_leave_no_thread_and_no_queue_behind(manager, how):
     async with serve(manager) as (_, channel, _):
         tasks = len(asyncio.all_tasks())
-        deadline_s = 0.5 if how == "deadline" else None
-        given_up = [
-            asyncio.ensure_future(call(channel, "LoadAdapter", deadline_s, adapter_id=f"gone-{n}")) for n in range(50)
-        ]
-        await wait_for(lambda: count(manager, "load") == LOAD_THREADS)
+
+        def loads(deadline_s=None):
+            calls = [call(channel, "LoadAdapter", deadline_s, adapter_id=f"gone-{n}") for n in range(50)]
+            return [asyncio.ensure_future(each) for each in calls]
+
         if how == "cancel":
+            given_up = loads()
+            await wait_for(lambda: count(manager, "load") == LOAD_THREADS)
             for each in given_up:
                 each.cancel()
             await asyncio.wait(given_up)
         else:
-            for each in given_up:
-                assert (await error_of(each)).code == "DEADLINE_EXCEEDED"
+            deadline_s = 0.5
+            while count(manager, "load") < LOAD_THREADS:  # again, where their time was over before they arrived
+                for each in loads(deadline_s):
+                    assert (await error_of(each)).code == "DEADLINE_EXCEEDED"
+                deadline_s *= 2
         await wait_for(lambda: len(asyncio.all_tasks()) <= tasks)  # the server has heard of it
         later = [
             asyncio.ensure_future(call(channel, "LoadAdapter", adapter_id=f"new-{n}")) for n in range(LOAD_THREADS)
@@ -105,7 +110,7 @@ async def test_failure_that_nobody_waits_for_any_more_is_no_trouble(manager):
             load.cancel()
         await asyncio.wait(loads)
         manager.gates["load"].set()
-        error = await error_of(call(channel, "LoadAdapter", adapter_id="new", deadline_s=10))
+        error = await error_of(call(channel, "LoadAdapter", adapter_id="new", deadline_s=60))
     assert error.reason == "ADAPTER_INVALID"
     gc.collect()
     assert never_retrieved == []
@@ -124,7 +129,7 @@ async def test_workers_run_so_many_at_a_time_and_begin_nothing_that_was_cancelle
 
     def work(number):
         running.append(number)
-        assert gate.wait(20)
+        assert gate.wait(90)
         return number
 
     tasks = [asyncio.ensure_future(workers.run(lambda n=n: work(n))) for n in range(6)]
@@ -135,8 +140,8 @@ async def test_workers_run_so_many_at_a_time_and_begin_nothing_that_was_cancelle
     assert workers._executor._work_queue.qsize() == 0
     gate.set()
     assert (await tasks[0], await tasks[5]) == (0, 5)
-    assert running == [0, 1, 5]
+    assert sorted(running) == [0, 1, 5] and running[2] == 5  # of two threads either is the first
     # Every thread is free again, also the one whose caller went away.
     both = threading.Barrier(2)
-    assert len({await task for task in [asyncio.ensure_future(workers.run(lambda: both.wait(10))) for _ in "ab"]}) == 2
+    assert len({await task for task in [asyncio.ensure_future(workers.run(lambda: both.wait(90))) for _ in "ab"]}) == 2
     workers.close()

@@ -18,7 +18,7 @@ from .fake_manager import KJV, OLD_KJV
 
 @pytest.fixture
 def client(address):
-    with LorikeetClient(address, timeout_s=10) as client:
+    with LorikeetClient(address, timeout_s=60) as client:
         yield client
 
 
@@ -61,7 +61,7 @@ def test_leaving_a_stream_cancels_it(client, engine):
     for event in client.stream(prompt="x"):
         assert event.HasField("started")
         break
-    assert engine.on_abort.wait(10)
+    assert engine.on_abort.wait(90)
 
 
 class Recorder(grpc.GenericRpcHandler):
@@ -90,7 +90,7 @@ def recorder():
 
 @pytest.mark.parametrize("name", ["team-a", ""])
 def test_every_rpc_has_a_method_that_says_who_calls(recorder, name):
-    with LorikeetClient(recorder.address, timeout_s=10, client_name=name) as client:
+    with LorikeetClient(recorder.address, timeout_s=60, client_name=name) as client:
         client.generate(prompt="x")
         list(client.stream(prompt="x"))
         client.score(text="xy")
@@ -154,7 +154,7 @@ def test_tiers(client, manager):
         ("pin", "kjv", Tier.HOST),
         ("unpin", "kjv"),
     ]
-    assert manager.calls[0][3] < 10 < MAX_WAIT_S
+    assert manager.calls[0][3] < 60 < MAX_WAIT_S
 
 
 def test_aliases(client, manager):

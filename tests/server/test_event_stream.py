@@ -8,6 +8,8 @@ from lorikeet.server.engine.request import Delta, Failed, Finished, FinishReason
 from lorikeet.server.errors import DeadlineError
 from lorikeet.server.event_stream import EventBridge, EventStream
 
+from .fakes import wait_for
+
 END = Finished(FinishReason.LENGTH, 1, 0, 3)
 
 
@@ -91,32 +93,46 @@ async def test_whole_output_of_a_failure_is_its_error():
         await stream.whole()
 
 
+class HeldTimers:
+    """The running loop, but for its timers, which the test lets off."""
+
+    def __init__(self):
+        self.call_soon_threadsafe = asyncio.get_running_loop().call_soon_threadsafe
+        self.timers = []
+
+    def call_later(self, delay_s, callback):
+        self.timers.append((delay_s, callback))
+
+
 async def test_tokens_are_joined_while_the_loop_has_had_its_share_and_first_ones_do_not_wait():
-    loop = asyncio.get_running_loop()
+    loop = HeldTimers()
     # Any time spent is too much: each pause is as long as may be.
     bridge = EventBridge(loop, share=1e-9, max_pause_s=0.2)
     early, late = EventStream(), EventStream()
     emit_early, emit_late = bridge.deliver_to(early), bridge.deliver_to(late)
-    seen: list[tuple[str, object, float]] = []
+    seen: list[tuple[str, object]] = []
 
     async def read(name, stream):
         async for event in stream:
-            seen.append((name, event, loop.time()))
+            seen.append((name, event))
 
     readers = [asyncio.ensure_future(read("early", early)), asyncio.ensure_future(read("late", late))]
     emit_early(Delta("a", (1,)))
-    await asyncio.sleep(0.02)
+    await wait_for(lambda: len(seen) == 1)
     emit_early(Delta("b", (2,)))
-    await asyncio.sleep(0.02)
+    await wait_for(lambda: loop.timers)
     emit_early(Delta("c", (3,)))
     emit_late(Delta("x", (9,)))
-    await asyncio.sleep(0.02)
+    await wait_for(lambda: len(seen) == 2)
+    assert [name for name, _ in seen] == ["early", "late"]  # before what was emitted earlier and waits
     emit_early(END)
     emit_late(END)
+    [(delay_s, hand_out)] = loop.timers
+    assert delay_s == 0.2
+    hand_out()
     await asyncio.gather(*readers)
-    assert [event for name, event, _ in seen if name == "early"] == [Delta("a", (1,)), Delta("bc", (2, 3)), END]
-    assert [event for name, event, _ in seen if name == "late"] == [Delta("x", (9,)), END]
-    assert [name for name, _, _ in seen[:2]] == ["early", "late"]  # before what was emitted earlier and waits
+    assert [event for name, event in seen if name == "early"] == [Delta("a", (1,)), Delta("bc", (2, 3)), END]
+    assert [event for name, event in seen if name == "late"] == [Delta("x", (9,)), END]
 
 
 async def test_summary_tells_counts_and_never_text():

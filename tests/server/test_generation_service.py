@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 import structlog
@@ -39,15 +40,18 @@ async def test_stream_is_started_deltas_finished():
 
 async def test_engine_gets_the_checked_request():
     async with loopback() as server:
+        started = time.monotonic()
         await server.stub.Generate(
-            pb.GenerateRequest(prompt="ab", adapter_id="kjv", sampling=pb.Sampling(temperature=0)), timeout=30
+            pb.GenerateRequest(prompt="ab", adapter_id="kjv", sampling=pb.Sampling(temperature=0)), timeout=90
         )
+        took_s = time.monotonic() - started
     [request] = server.engine.submitted
     assert request.prompt_token_ids == [1, ord("a"), ord("b")]
     assert request.adapter == Adaptation.single(AdapterVersion("kjv", "d1" * 32))
     assert request.params.greedy
     assert request.params.max_tokens == MAX_CONTEXT - 3
-    assert 25 < request.deadline - request.arrival <= 30.5  # gRPC rounds what is left up, to tenths of a second here
+    # gRPC rounds what is left up, to tenths of a second here.
+    assert 90 - took_s < request.deadline - request.arrival <= 90.5
     # The engine has the pin now: it gives it back when the request ends.
     assert server.adapters.pins == 1
     assert server.engine.aborted == []
@@ -196,12 +200,15 @@ async def test_cancel_while_a_message_is_being_written_aborts():
 
 async def test_passed_deadline_is_left_to_the_engine_which_knows_it():
     async with loopback(FakeEngine(lambda request: [])) as server:
-        error = await error_of(server.stub.Generate(pb.GenerateRequest(prompt="x"), timeout=0.2))
+        timeout_s = 0.2
+        while not server.engine.submitted:  # again, where the time was over before the call arrived
+            error = await error_of(server.stub.Generate(pb.GenerateRequest(prompt="x"), timeout=timeout_s))
+            assert error.code == "DEADLINE_EXCEEDED"
+            timeout_s *= 2
         await wait_for(lambda: server.calls)
-    assert error.code == "DEADLINE_EXCEEDED"
     assert server.engine.submitted[0].deadline is not None
     assert server.engine.aborted == []
-    assert server.calls == [("Generate", "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")]
+    assert set(server.calls) == {("Generate", "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")}
 
 
 async def test_equal_request_ids_do_not_collide_in_the_engine():

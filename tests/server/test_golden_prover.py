@@ -82,7 +82,7 @@ class ScriptedEngine:
     def pins_left(self) -> int:
         """Once all threads have ended."""
         for thread in self.threads:
-            thread.join(20)
+            thread.join(90)
         return self.pins.total()
 
 
@@ -90,7 +90,7 @@ def golden() -> Golden:
     return Golden(VERSION.digest, PROMPTS, torch.randn(len(PROMPTS), VOCAB) * 3, 0.2, "a test", "org/base")
 
 
-def world(answer: Callable[[ScriptedEngine, Request, int], None], timeout_s: float = 20.0, exact: bool = True):
+def world(answer: Callable[[ScriptedEngine, Request, int], None], timeout_s: float = 90.0, exact: bool = True):
     engine = ScriptedEngine(answer)
     prover = GoldenProver(engine, engine.hold, engine.release, timeout_s, vocab_size=VOCAB, exact=exact)
     return engine, prover
@@ -103,7 +103,7 @@ def test_each_prompt_runs_once_as_a_greedy_request_of_the_version():
     done[-1].set()
 
     def answer(engine, request, index):
-        done[index + 1].wait(20)
+        done[index + 1].wait(90)
         engine.finish(request, file.logits[index])
         done[index].set()
 

@@ -25,7 +25,6 @@ from lorikeet.server.merge_operations import MergeOperation
 from lorikeet.server.merge_process import MergeRunner
 
 from ..tiny import TEXT
-from .fakes import wait_for
 
 
 class Lines:
@@ -183,9 +182,28 @@ def test_it_leaves_the_cores_to_others(priority, found):
     assert done.stdout.split() == [str(value) for value in found], done.stderr
 
 
+@pytest.fixture
+def long_command(command) -> MergeCommand:
+    """Compared on so much text that it has not ended, however late it is stopped."""
+    return dataclasses.replace(command, texts=("\n\n".join(TEXT * 3000),))
+
+
 def operation_of(command: MergeCommand) -> MergeOperation:
     command.write()
     return MergeOperation(1, "operations/x", command.out.name, (), frozenset(), command, "r")
+
+
+def cancel_when_told(runner: MergeRunner, command: MergeCommand) -> MergeOperation:
+    """Run a merge and cancel it as soon as its process says something."""
+
+    async def run() -> MergeOperation:
+        operation = operation_of(command)
+        operation.observe = lambda share: operation.cancelled.set()
+        with pytest.raises(ServingError, match="cancelled"):
+            await runner(operation)
+        return operation
+
+    return asyncio.run(run())
 
 
 def wait_for_end(pid: int) -> None:
@@ -197,19 +215,9 @@ def wait_for_end(pid: int) -> None:
             time.sleep(0.02)
 
 
-def test_a_process_is_cancelled(command, tmp_path):
-    runner = MergeRunner(ServerConfig(cache_dir=tmp_path / "cache"))
-
-    async def cancel() -> None:
-        operation = operation_of(command)
-        task = asyncio.ensure_future(runner(operation))
-        await wait_for(lambda: operation.stage == "Starting", 60)
-        operation.cancelled.set()
-        with pytest.raises(ServingError, match="cancelled"):
-            await task
-
-    asyncio.run(cancel())
-    assert list(command.out.parent.iterdir()) == []
+def test_a_process_is_cancelled(long_command, tmp_path):
+    cancel_when_told(MergeRunner(ServerConfig(cache_dir=tmp_path / "cache")), long_command)
+    assert list(long_command.out.parent.iterdir()) == []
 
 
 PARENT = """
@@ -221,16 +229,16 @@ time.sleep(600)
 """
 
 
-def test_a_process_ends_when_its_server_is_killed(command):
-    command.write()
-    arguments = [sys.executable, "-P", "-c", PARENT, str(command.work)]
+def test_a_process_ends_when_its_server_is_killed(long_command):
+    long_command.write()
+    arguments = [sys.executable, "-P", "-c", PARENT, str(long_command.work)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid, _, line = parent.stdout.readline().partition(" ")
         assert json.loads(line)["progress"]["stage"] == "Starting"
         parent.kill()
     wait_for_end(int(pid))
-    assert list(command.out.parent.iterdir()) == []
+    assert list(long_command.out.parent.iterdir()) == []
 
 
 def test_a_process_that_will_not_end_is_killed_with_what_it_left(command, tmp_path, monkeypatch):
@@ -243,16 +251,8 @@ def test_a_process_that_will_not_end_is_killed_with_what_it_left(command, tmp_pa
     monkeypatch.setattr(merge_process.sys, "executable", str(script))
     monkeypatch.setattr(merge_process, "CLEAN_UP_S", 0.1)
     monkeypatch.setattr(merge_process, "_MORE_S", 0.1)
-
-    async def cancel() -> None:
-        operation = operation_of(command)
-        task = asyncio.ensure_future(MergeRunner(ServerConfig(cache_dir=tmp_path / "cache"))(operation))
-        await wait_for(lambda: operation.stage == "Stuck", 60)
-        operation.cancelled.set()
-        with pytest.raises(ServingError, match="cancelled"):
-            await task
-
-    asyncio.run(cancel())
+    operation = cancel_when_told(MergeRunner(ServerConfig(cache_dir=tmp_path / "cache")), command)
+    assert operation.stage == "Stuck"
     assert list(command.out.parent.iterdir()) == []
     wait_for_end(int((tmp_path / "pid").read_text()))
 

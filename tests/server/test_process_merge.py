@@ -2,16 +2,20 @@
 
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
+from lorikeet.protos.v1 import adapters_pb2
 from lorikeet.protos.v1 import merges_pb2 as pb
 from lorikeet.server.cli import run
 from lorikeet.server.client import LorikeetClient
 from lorikeet.server.client_merges import progress_of
 from lorikeet.server.status import RemoteError
 
-from .process import eventually
+from .process import ServerProcess, eventually
 
 NAME = "merging"
 
@@ -23,8 +27,25 @@ def client(server):
 
 
 def version_of(client: LorikeetClient) -> str:
-    """Of the adapter; empty while there is none."""
-    return next((adapter.version for adapter in client.list_adapters() if adapter.adapter_id == NAME), "")
+    """Of the adapter; empty while none is ready. One that is still being loaded is listed, too."""
+    found = [each for each in client.list_adapters() if each.adapter_id == NAME]
+    return next((each.version for each in found if each.state == adapters_pb2.ADAPTER_STATE_READY), "")
+
+
+@contextmanager
+def held_merge(server: ServerProcess) -> Iterator[None]:
+    """The merge that has just been started gets no further, until the block ends."""
+
+    def find() -> psutil.Process | None:
+        children = psutil.Process(server.process.pid).children()
+        return next((each for each in children if "lorikeet.server.merge_worker" in each.cmdline()), None)
+
+    process = eventually(find)
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -40,17 +61,19 @@ def test_a_merge_has_the_version_of_its_call_and_is_that_of_the_command(
     shutil.copytree(adapter, watched_folder / NAME)
     first = eventually(lambda: version_of(client))
     operation = client.merges.start({NAME: 1.0}, "out", unverified=True)
-    waiting = client.merges.start({f"{NAME}@{first[:8]}": 2.0}, "never", unverified=True)
-    with pytest.raises(RemoteError, match="MERGE_OUTPUT_EXISTS"):
-        client.merges.start({NAME: 1.0}, "out", unverified=True)
-    eventually(lambda: progress_of(client.merges.get(operation.name)).state == pb.MERGE_STATE_RUNNING)
-    assert server.metric("lorikeet_merges_pending", state="queued") == 1
-    client.merges.cancel(waiting.name)  # first of all: on a fast machine its turn comes soon
-    shutil.rmtree(watched_folder / NAME)
-    shutil.copytree(tiny_adapters / "cedar", watched_folder / NAME)
-    eventually(lambda: version_of(client) not in (first, ""))
-    shutil.rmtree(watched_folder / NAME)
-    eventually(lambda: not version_of(client))
+    with held_merge(server):
+        waiting = client.merges.start({f"{NAME}@{first[:8]}": 2.0}, "never", unverified=True)
+        with pytest.raises(RemoteError, match="MERGE_OUTPUT_EXISTS"):
+            client.merges.start({NAME: 1.0}, "out", unverified=True)
+        assert progress_of(client.merges.get(operation.name)).state == pb.MERGE_STATE_RUNNING
+        assert server.metric("lorikeet_merges_pending", state="queued") == 1
+        client.merges.cancel(waiting.name)
+        shutil.rmtree(watched_folder / NAME)
+        shutil.copytree(tiny_adapters / "cedar", watched_folder / NAME)
+        eventually(lambda: version_of(client) not in (first, ""))
+        shutil.rmtree(watched_folder / NAME)
+        eventually(lambda: not version_of(client))
+        assert progress_of(client.merges.get(operation.name)).state == pb.MERGE_STATE_RUNNING
 
     seen: list[pb.MergeProgress] = []
     report = client.merges.follow(operation, seen.append)

@@ -4,9 +4,11 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from lorikeet.server.client import LorikeetClient
@@ -40,6 +42,26 @@ def client(server):
         yield client
 
 
+@contextmanager
+def asking(server, count, **options):
+    """Ask this again and again, so many at a time, until the block ends; the answers, when it has ended."""
+    done, answers = threading.Event(), []
+
+    def ask(number):
+        with LorikeetClient(server.address, timeout_s=120) as client:
+            while not done.is_set():
+                answers.append(client.generate(prompt=f"{number} {TEXT[1]}", **options, **GREEDY))
+
+    with ThreadPoolExecutor(count) as pool:
+        calls = [pool.submit(ask, number) for number in range(count)]
+        try:
+            yield answers
+        finally:
+            done.set()
+    for call in calls:
+        call.result()
+
+
 def test_one_request_moves_the_metrics_of_a_request(server, client):
     prompt = " ".join(TEXT)
     client.generate(prompt=prompt, adapter_id="amber", max_tokens=1)
@@ -63,7 +85,7 @@ def test_one_request_moves_the_metrics_of_a_request(server, client):
     assert server.metric("lorikeet_prompt_tokens_total", adapter="amber") == prompt_before + usage.prompt_tokens
     assert usage.cached_tokens > 0
     assert server.metric("lorikeet_prefix_cached_tokens_total", adapter="amber") >= usage.cached_tokens
-    assert server.metric("lorikeet_prefix_cache_hit_tokens_total") == hits_before + usage.cached_tokens
+    eventually(lambda: server.metric("lorikeet_prefix_cache_hit_tokens_total") == hits_before + usage.cached_tokens)
     assert server.metric("lorikeet_prefix_cache_queried_tokens_total") > 0
     assert server.metric("lorikeet_rpcs_total", method="Generate", code="OK") >= 2
 
@@ -84,19 +106,13 @@ def test_step_metrics_count_steps_with_their_tokens_requests_and_adapters(server
 
 def test_running_waiting_and_kv_blocks_show_load_and_preemption_is_counted(server):
     preempted = server.metric("lorikeet_preemptions_total")
-
-    def ask(number):
-        with LorikeetClient(server.address, timeout_s=120) as client:
-            return client.generate(prompt=f"{number} {TEXT[1]}", max_tokens=300, **GREEDY).usage.generated_tokens
-
-    with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(ask, number) for number in range(12)]
+    with asking(server, 12, max_tokens=300) as answers:
         eventually(lambda: server.metric("lorikeet_requests_running") > 0)
         eventually(lambda: server.metric("lorikeet_requests_waiting") > 0)
         eventually(lambda: server.metric("lorikeet_kv_blocks", state="used") > 0)
         # Twelve requests of 20 blocks each in 40 blocks: some grow at the cost of others.
-        assert [answer.result() for answer in answers] == [300] * 12
-    assert server.metric("lorikeet_preemptions_total", adapter="base") > preempted
+        eventually(lambda: server.metric("lorikeet_preemptions_total", adapter="base") > preempted)
+    assert len(answers) >= 12 and {answer.usage.generated_tokens for answer in answers} == {300}
     eventually(server.is_idle)
     assert server.metric("lorikeet_kv_blocks") == 40
 
@@ -117,18 +133,16 @@ def test_adapters_by_tier_bytes_evictions_and_loads(server, client):
     assert server.metric("lorikeet_adapter_load_seconds_count") >= 4
 
 
-def test_gateway_metrics_name_adapters_that_run_and_that_are_loaded(server, client):
-    assert 'running_lora_adapters=""' in server.scrape()
-    stream = client.stream(prompt=TEXT[0], adapter_id="cedar", max_tokens=10_000, **GREEDY)
-    assert next(stream).HasField("started")
-    eventually(lambda: 'running_lora_adapters="cedar"' in server.scrape())
-    assert server.metric("vllm:lora_requests_info", running_lora_adapters="cedar", max_lora="1024") > 1e9
+def test_gateway_metrics_name_adapters_that_run_and_that_are_loaded(server):
+    eventually(lambda: 'running_lora_adapters=""' in server.scrape())
+    with asking(server, 1, adapter_id="cedar", max_tokens=500):
+        labels = {"running_lora_adapters": "cedar", "max_lora": "1024"}
+        eventually(lambda: server.metric("vllm:lora_requests_info", **labels) > 1e9)
     assert server.metric("vllm:lora_adapter_loaded", adapter_name="cedar", level="gpu", pinned="false", rank="8") == 1
     assert server.metric("vllm:num_gpu_loaded_lora_adapters") == server.metric("lorikeet_adapters", tier="device")
     assert server.metric("vllm:num_cpu_loaded_lora_adapters") == server.metric("lorikeet_adapters", tier="host")
     assert server.metric("vllm:max_gpu_lora_adapters") == 1024
     assert server.metric("vllm:lora_adapter_load_seconds_count") >= 4
-    stream.close()
     eventually(server.is_idle)
 
 

@@ -1,8 +1,9 @@
 """A real server process at its limits and at its end: queue full, SIGTERM under load, a port in use, bad models."""
 
+import itertools
 import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 from lorikeet.server.client import LorikeetClient
@@ -33,18 +34,22 @@ def test_full_queue_then_drain_timeout(server_arguments, tmp_path):
     """One server for both, since starting one takes ten seconds. It runs one request at a time and lets two wait."""
     arguments = ["--max-running", "1", "--max-waiting", "2", "--kv-cache-bytes", "32MiB", "--drain-timeout-s", "0.2"]
     with running_server(tmp_path / "log", *server_arguments, *arguments) as server, ThreadPoolExecutor(12) as pool:
-        outcomes = list(pool.map(lambda _: outcome(server.address, 100), range(12)))
-        errors = [item for item in outcomes if isinstance(item, RemoteError)]
-        assert {(error.code, error.reason) for error in errors} == {("RESOURCE_EXHAUSTED", "QUEUE_FULL")}
+        with LorikeetClient(server.address, timeout_s=60) as client:
+            holding = client.stream(**LONG, max_tokens=15_000)
+            assert next(holding).HasField("started")
+            eventually(lambda: server.metric("lorikeet_requests_running") == 1)
+            calls = [pool.submit(outcome, server.address, 100) for _ in range(12)]
+            refused = [call.result() for call in itertools.islice(as_completed(calls), 10)]
+            assert {(error.code, error.reason) for error in refused} == {("RESOURCE_EXHAUSTED", "QUEUE_FULL")}
+            holding.close()
         # Nothing that was accepted is lost, and the server serves on.
-        assert all(item == 100 for item in outcomes if not isinstance(item, RemoteError))
-        assert 3 <= len(outcomes) - len(errors) < 12
+        assert [each for each in (call.result() for call in calls) if each not in refused] == [100] * 2
         eventually(server.is_idle)
         assert outcome(server.address, 3) == 3
 
         started = threading.Semaphore(0)
         streams = [pool.submit(outcome, server.address, 15_000, started)]
-        assert started.acquire(timeout=30)
+        assert started.acquire(timeout=90)
         streams.append(pool.submit(outcome, server.address, 15_000))
         eventually(lambda: server.metric("lorikeet_requests_waiting") == 1)
         server.terminate()
@@ -56,17 +61,21 @@ def test_full_queue_then_drain_timeout(server_arguments, tmp_path):
 def test_sigterm_under_load_finishes_what_runs_and_refuses_what_comes(server_arguments, tmp_path):
     with running_server(tmp_path / "log", *server_arguments, "--kv-cache-bytes", "16MiB") as server:
         # Connected before the signal, so that they still reach the server after it.
-        with LorikeetClient(server.address, timeout_s=10) as late, ThreadPoolExecutor(4) as pool:
+        with LorikeetClient(server.address, timeout_s=60) as late, ThreadPoolExecutor(4) as pool:
             assert late.is_serving()
+            # Runs until the other has been refused; without it the server could have ended by then.
+            holding = late.stream(**LONG, max_tokens=12_000)
+            assert next(holding).HasField("started")
             started = threading.Semaphore(0)
             streams = [pool.submit(outcome, server.address, 300, started) for _ in range(4)]
             for _ in streams:
-                assert started.acquire(timeout=30)
+                assert started.acquire(timeout=90)
             server.terminate()
             eventually(lambda: not late.is_serving())
             with pytest.raises(RemoteError) as refused:
                 late.generate(prompt="x", max_tokens=1)
             assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "DRAINING")
+            holding.close()
             assert [stream.result(timeout=60) for stream in streams] == [300] * 4
         assert server.wait() == 0
 
