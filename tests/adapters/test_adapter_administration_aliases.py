@@ -17,7 +17,7 @@ from lorikeet.adapters.errors import (
 )
 from lorikeet.adapters.info import AdapterState, AliasTarget, Tier
 
-from .managing import PLAIN_BYTES, activate, checked, digest_of, end, serve, slot_deltas, stall_reads, start
+from .managing import PLAIN_BYTES, activate, checked, digest_of, end, serve, slot_deltas, stall_reads, start, wait_until
 
 
 @pytest.fixture
@@ -77,9 +77,10 @@ def test_move_is_atomic_for_requests_in_flight_and_to_come(manager, load_version
     manager.set_alias("prod", [(f"plain@{digests[0]}", 1.0)])
     stop = threading.Event()
     moves = [0]
+    counts = [collections.Counter() for _ in range(3)]
 
     def traffic(seed):
-        rng, count = random.Random(seed), collections.Counter()
+        rng, count = random.Random(seed), counts[seed]
         while not stop.is_set():
             before = moves[0]
             version = manager.resolve("prod", str(rng.random()))
@@ -88,7 +89,9 @@ def test_move_is_atomic_for_requests_in_flight_and_to_come(manager, load_version
                 assert version.digest == digests[before // 2 % 2]
             count[version.digest] += 1
             manager.release(version)
-        return count
+
+    def asked():
+        return sum(count.total() for count in counts)
 
     clients = [start(traffic, seed) for seed in range(3)]
     running = manager.resolve("prod")
@@ -98,10 +101,13 @@ def test_move_is_atomic_for_requests_in_flight_and_to_come(manager, load_version
             moves[0] += 1
             manager.set_alias("prod", [(f"plain@{digests[number % 2]}", 1.0)])
             moves[0] += 1
+            # Also when the clients' threads are slow, some request comes before the next move.
+            before = asked()
+            wait_until(lambda before=before: asked() > before or any(c.done() for c in clients), "a request")
     finally:
         stop.set()
-    counts = sum((client.result(20) for client in clients), collections.Counter())
-    assert set(counts) <= set(digests) and counts.total() > 40
+    assert [client.exception(20) for client in clients] == [None] * 3
+    assert set().union(*counts) == set(digests)
     assert manager.try_activate(running) is not None and running.digest == digests[0]
     manager.deactivate(running), end(manager, running)
 

@@ -250,6 +250,6 @@ def test_close_ends_calls_that_wait(call, manager):
     wait_until(lambda: manager.snapshot().wanted == 1, "the wish")
     manager.close()
     with pytest.raises(AdapterUnloadedError, match="shutting down"):
-        waiting.result(5)
+        waiting.result(20)
     for version in versions:
         end(manager, version)

@@ -65,11 +65,12 @@ def test_unload_while_loading_wins(make_manager, many, monkeypatch):
 
 
 def test_a_copy_takes_every_core_only_while_no_request_runs(make_manager, many, monkeypatch):
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         manager = make_manager()
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     write, threads = manager.store.write, []
 
     def recorded(*args):

@@ -69,8 +69,9 @@ def test_every_acknowledged_change_is_there_after_a_kill(tmp_path, variants, sit
     seed = rng.randrange(2**32)
     digests = [digest_of(folder) for folder in variants]
     (tmp_path / SITES_FILE).write_bytes(pickle.dumps((sites, digests)))
-    model, number, done = Model(digests), 0, 0
-    for _ in range(ROUNDS):
+    model, number, done, rounds = Model(digests), 0, 0, 0
+    while rounds < ROUNDS or done <= 2 * ROUNDS:  # each may have been killed after its first lines
+        rounds += 1
         pending = None
         for word, at in kill_at_random(rng, tmp_path, seed, number):
             number = int(at)
@@ -90,4 +91,3 @@ def test_every_acknowledged_change_is_there_after_a_kill(tmp_path, variants, sit
             manager.close()
             state.close()
         number += 1
-    assert done > 2 * ROUNDS, "changes happened at all"

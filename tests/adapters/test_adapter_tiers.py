@@ -11,6 +11,7 @@ from lorikeet.adapters.state.state_dir import open_state_dir
 from peft import LoraConfig
 
 from .managing import (
+    PATIENCE_S,
     PLAIN_BYTES,
     Recorder,
     activate,
@@ -87,7 +88,7 @@ def test_least_recently_used_leaves_the_device(make_manager, many):
     assert in_tier(manager, Tier.DEVICE) == ["a0", "a2"]
     serve(manager, "a1")
     assert in_tier(manager, Tier.DEVICE) == ["a1", "a2"]
-    assert recorder.evictions == ["device", "device"]
+    wait_until(lambda: recorder.evictions == ["device", "device"], "the loader thread to tell of both")
     assert manager.snapshot().bytes_used[Tier.DEVICE] == 2 * PLAIN_BYTES == manager.store.used_bytes
 
 
@@ -195,7 +196,7 @@ def test_folder_that_changed_after_eviction_fails_that_version_only(make_storele
         with pytest.raises(AdapterUnloadedError, match=message):
             activate(manager, version)
         manager.release(version)
-    assert ready.is_set()
+    assert ready.wait(PATIENCE_S)
     activate(manager, other)
     end(manager, other)
     assert manager.get("a0").state is AdapterState.FAILED

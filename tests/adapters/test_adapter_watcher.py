@@ -12,6 +12,7 @@ from lorikeet.adapters.watcher import AdapterWatcher
 from .managing import WEIGHTS, checked, wait_until
 
 SETTLE_S = 0.1
+FOR_EVER_S = 3600.0
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_folder_that_appears_changes_and_goes(make_manager, roots, source, edit_
 
 
 def test_half_copied_folder_is_neither_served_nor_failed(watch, roots, source):
-    manager, watcher = watch()
+    manager, watcher = watch(incomplete_s=FOR_EVER_S)
     target = roots[0] / "slow"
     target.mkdir()
     watcher.scan()
@@ -118,7 +119,7 @@ def test_half_copied_folder_is_neither_served_nor_failed(watch, roots, source):
 
 
 def test_config_copied_last_is_waited_for(watch, roots, source):
-    manager, watcher = watch()
+    manager, watcher = watch(incomplete_s=FOR_EVER_S)
     (roots[0] / "late").mkdir()
     shutil.copy(source / WEIGHTS, roots[0] / "late")
     for _ in range(5):

@@ -61,6 +61,7 @@ def served(world: World) -> "Iterator[App]":
     Steps compute 24 tokens, so that most prompts take several; the KV cache has 20 blocks of 16, so that twelve short
     requests fit, but not twelve long ones.
     """
+    from lorikeet.adapters.info import Tier
     from transformers import AutoConfig
 
     from .in_process import serving
@@ -72,4 +73,6 @@ def served(world: World) -> "Iterator[App]":
     with serving(world.model, world.oracle.out, device=world.device, **sizes) as app:
         for name in world.made:
             app.manager.load(name, None)
+            app.manager.prefetch(name, Tier.DEVICE)  # so that no request waits while others end
+        assert sorted(app.manager.snapshot().names_by_tier()[Tier.DEVICE]) == sorted(world.made)
         yield app

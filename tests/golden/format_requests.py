@@ -55,12 +55,13 @@ def ask(app: App, name: str, members: Members, prompt: Sequence[int], tokens: in
 
 
 def ask_together(app: App, wanted: Sequence[tuple[str, Members, Sequence[int]]], tokens: int) -> list[Asked]:
-    """Submit such requests, each a name, members and a prompt, when all of them are made: else the first would end
-    before the last begin.
+    """Submit such requests, each a name, members and a prompt, when all of them are made, and all between two steps:
+    else the first would end before the last begin.
     """
     asked = [_prepare(app, *each, tokens) for each in wanted]
-    for each in asked:
-        app.engine.submit(each.request)
+    with app.engine._inbox._changed:  # the step thread takes nothing meanwhile
+        for each in asked:
+            app.engine.submit(each.request)
     return asked
 
 

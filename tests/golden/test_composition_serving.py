@@ -9,7 +9,10 @@ from lorikeet.adapters.composition import Wish
 from lorikeet.adapters.errors import AdapterCompositionError, AdapterUnloadedError
 from lorikeet.adapters.version import AdapterVersion
 from lorikeet.server.app import App
+from lorikeet.server.engine.runner import Runner
+from lorikeet.server.engine.scheduler import ScheduledStep
 
+from ..adapters.managing import Gate
 from ..base.family_models import VOCAB, save_family
 from .in_process import Answer, Call, greedy_params, serving
 from .peft_oracle import Oracle, recipes
@@ -88,10 +91,23 @@ def test_dropping_a_member_drops_the_blocks_of_every_composition_with_it(app: Ap
     assert cached == {"c": 0, "c+a": 0, "b+a": 2 * BLOCK}
 
 
-def test_request_whose_member_is_dropped_fails_and_gives_every_version_back(app: App) -> None:
+def test_request_whose_member_is_dropped_fails_and_gives_every_version_back(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dropped: AdapterVersion = app.manager.resolve("b")
-    call = Call(app, "long", {"a": 0.5, "b": 0.5}, prompt(5), greedy_params(200))
-    app.engine.on_version_dropped(dropped)
+    forward = Runner.forward
+
+    def held(runner: Runner, step: ScheduledStep) -> torch.Tensor:
+        # It is in the middle of its answer, however late this test's thread has its turn.
+        if step.requests[0].request.output_token_ids:
+            gate.pass_through()
+        return forward(runner, step)
+
+    with Gate() as gate, monkeypatch.context() as patch:
+        patch.setattr(Runner, "forward", held)
+        call = Call(app, "long", {"a": 0.5, "b": 0.5}, prompt(5), greedy_params(200))
+        gate.wait_reached()
+        app.engine.on_version_dropped(dropped)
     failed = call.result().failed
     assert failed is not None and isinstance(failed.error, AdapterUnloadedError)
     app.manager.release(dropped)

@@ -18,8 +18,9 @@ from lorikeet.adapters.record import Record
 from lorikeet.adapters.tensor_plan import LaidOut
 from lorikeet.server.engine.output import Output
 from lorikeet.server.engine.request import Request
+from lorikeet.server.engine.step_inputs import StepTensors
 
-_COUNTED: Final = (Record, PackedAdapter, LoadedAdapter, LaidOut, Request, Output, Future, torch.Tensor)
+_COUNTED: Final = (Record, PackedAdapter, LoadedAdapter, LaidOut, StepTensors, Request, Output, Future, torch.Tensor)
 _LIBC: Final = ctypes.CDLL(None)
 
 

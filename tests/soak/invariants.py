@@ -7,7 +7,7 @@ from lorikeet.adapters.info import AdapterState, Tier
 from lorikeet.adapters.rules import check_integrity
 
 from .contents import CONFIG, WEIGHTS
-from .world import World
+from .world import HANG_S, World
 
 
 def check_registry(world: World) -> None:
@@ -94,6 +94,8 @@ def wait_until_quiet(world: World) -> None:
         return not (world.live or busy or held)
 
     world.wait_for(is_quiet, "requests, loads and drains end, and pins hold")
+    # Whoever has its answer may be ahead of the step thread, which holds the request until its round is over.
+    world.app.engine._inbox.wait_until_quiet(HANG_S)
 
 
 def empty(world: World) -> None:

@@ -130,21 +130,23 @@ def test_replacement_never_makes_the_name_unknown(serve, put, prompt):
     app.manager.load("x", "plain")
     stop = threading.Event()
 
+    asked = []
+
     def ask():
-        count = 0
         while not stop.is_set():
-            app.manager.release(app.manager.resolve("x"))
-            count += 1
+            asked.append(app.manager.resolve("x"))
+            app.manager.release(asked[-1])
             stop.wait(0.001)
-        return count
 
     asking = start(ask)
     try:
         for i in range(40):
+            count = len(asked)
             app.manager.load("x", ("plain-2", "plain")[i % 2])
+            wait_until(lambda count=count: len(asked) > count or asking.done(), "a request meanwhile")
     finally:
         stop.set()
-    assert asking.result(20) > 20
+    assert asking.exception(20) is None and len({version.digest for version in asked}) == 2
 
 
 def test_unload_frees_the_memory(serve, put, prompt):

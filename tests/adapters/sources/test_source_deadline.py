@@ -43,13 +43,23 @@ def test_server_that_never_ends_is_left_at_the_deadline(server, fetch, small_fil
         fetch(f"{server.url}/a", timeout_s=DEADLINE_S)
 
 
+def in_time(attempt):
+    """Call attempt(timeout_s) until it says that what happens before the deadline has; more time for a slow machine."""
+    assert any(attempt(factor * (1.0 + DEADLINE_S)) for factor in (1, 4, 16))
+
+
 def test_deadline_is_one_for_all_files_and_attempts(server, fetch, small_files):
     """Each file comes quickly enough after a few failures; an endless sequence of redirects and retries would not."""
     server.serve("/a", small_files)
-    server.routes[f"/a/{WEIGHTS}"] = servers.in_turn(servers.status(500), servers.hang_up(), servers.trickle())
-    with pytest.raises(AdapterUnreadableError, match="within"):
-        fetch(f"{server.url}/a", timeout_s=1.0 + DEADLINE_S)
-    assert server.paths().count(f"/a/{WEIGHTS}") == 3
+
+    def attempt(timeout_s):
+        server.routes[f"/a/{WEIGHTS}"] = servers.in_turn(servers.status(500), servers.hang_up(), servers.trickle())
+        server.requests.clear()
+        with pytest.raises(AdapterUnreadableError, match="within"):
+            fetch(f"{server.url}/a", timeout_s=timeout_s)
+        return server.paths().count(f"/a/{WEIGHTS}") == 3
+
+    in_time(attempt)
 
 
 def test_server_that_does_not_accept_is_left_at_the_deadline(fetch):
@@ -70,7 +80,6 @@ def test_connections_are_closed_at_the_deadline(server, fetch, small_files):
     closed = threading.Event()
 
     def watch(handler):
-        servers.stall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
         assert handler.rfile.read(1) == b""  # returns when the other side hangs up
         closed.set()
@@ -78,8 +87,13 @@ def test_connections_are_closed_at_the_deadline(server, fetch, small_files):
 
     server.serve("/a", small_files)
     server.routes[f"/a/{WEIGHTS}"] = watch
-    with pytest.raises(AdapterUnreadableError):
-        fetch(f"{server.url}/a", timeout_s=DEADLINE_S)
+
+    def attempt(timeout_s):
+        with pytest.raises(AdapterUnreadableError):
+            fetch(f"{server.url}/a", timeout_s=timeout_s)
+        return f"/a/{WEIGHTS}" in server.paths()
+
+    in_time(attempt)
     assert closed.wait(30)
 
 
@@ -140,13 +154,17 @@ def test_nothing_is_left_of_many_downloads_that_fail_in_many_ways(server, make_f
     def count_loops():
         return sum(os.readlink(entry.path) == "anon_inode:[eventpoll]" for entry in os.scandir("/proc/self/fd"))
 
+    def join_threads():
+        for thread in threading.enumerate():
+            if thread.name == "adapter-fetch":
+                thread.join(30)  # it closes its loop just after the caller goes on
+                assert not thread.is_alive()
+
+    join_threads()  # of other tests
     before = count_loops()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(load, range(2 * len(routes))))
-    for thread in threading.enumerate():
-        if thread.name == "adapter-fetch":
-            thread.join(30)  # it closes its loop just after the caller goes on
-            assert not thread.is_alive()
+    join_threads()
     connections = psutil.Process().net_connections("tcp4")
     assert [c for c in connections if c.raddr and c.raddr.port == int(server.authority.split(":")[1])] == []
     assert count_loops() == before
