@@ -53,8 +53,9 @@ class BoundedRun:
             while not self._is_over and (left_s := self._give_up_at - time.monotonic()) > 0:
                 self._changed.wait(left_s)
             if not self._is_over:
-                self._cancel()  # it blocks its thread; it ends at its next await
-                raise StoppedError if self._is_stopped else TimeoutError
+                error = StoppedError() if self._is_stopped else TimeoutError()
+                self.stop()  # it blocks its thread, and ends at its next await; or it has not begun, and never will
+                raise error
             if self._error is not None:
                 raise self._error
 

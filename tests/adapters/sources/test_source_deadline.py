@@ -43,9 +43,9 @@ def test_server_that_never_ends_is_left_at_the_deadline(server, fetch, small_fil
         fetch(f"{server.url}/a", timeout_s=DEADLINE_S)
 
 
-def in_time(attempt):
+def in_time(attempt, first_s=1.0 + DEADLINE_S):
     """Call attempt(timeout_s) until it says that what happens before the deadline has; more time for a slow machine."""
-    assert any(attempt(factor * (1.0 + DEADLINE_S)) for factor in (1, 4, 16))
+    assert any(attempt(factor * first_s) for factor in (1, 4, 16, 64))
 
 
 def test_deadline_is_one_for_all_files_and_attempts(server, fetch, small_files):
@@ -193,21 +193,46 @@ def test_directory_that_cannot_be_made(fetch, tmp_path):
 
 
 def test_run_returns_although_its_thread_is_blocked(monkeypatch):
-    monkeypatch.setattr(bounded, "GRACE_S", 0.05)
-    release, ended = threading.Event(), threading.Event()
+    begun, release, ended = threading.Event(), threading.Event(), threading.Event()
 
     async def main():
         try:
+            begun.set()
             release.wait()  # as a look-up of credentials may
             await asyncio.sleep(FOR_EVER_S)
         finally:
             ended.set()
 
-    with pytest.raises(TimeoutError):
-        BoundedRun(main, 0.05).run()
+    def attempt(timeout_s):
+        monkeypatch.setattr(bounded, "GRACE_S", timeout_s)
+        with pytest.raises(TimeoutError):
+            BoundedRun(main, 0.05).run()
+        return begun.is_set()
+
+    in_time(attempt, first_s=0.05)
     assert not ended.is_set()
     release.set()
     assert ended.wait(30)  # and the thread ends at its next await
+
+
+def test_thread_that_begins_after_its_run_was_given_up_does_nothing(monkeypatch):
+    threads, called = [], []
+
+    class LateThread(threading.Thread):
+        def start(self):
+            threads.append(self)
+
+    async def main():
+        called.append(True)
+
+    monkeypatch.setattr(bounded, "GRACE_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(bounded.threading, "Thread", LateThread)
+        with pytest.raises(TimeoutError):
+            BoundedRun(main, 0.05).run()
+    [thread] = threads
+    thread.run()
+    assert not called
 
 
 def test_run_returns_although_a_name_look_up_is_stuck():
