@@ -1,36 +1,10 @@
-"""Threads whose work must not take time from the step thread."""
+"""Pools of threads whose work must not take time from the step thread."""
 
-import contextlib
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 import torch
-
-# Of threads that nobody waits for at a client's side but that should get on, such as those that read adapters again.
-NICENESS: Final = 10
-
-
-def idle_priority() -> None:
-    """Run the calling thread, and those that it starts, only on a core that nobody else wants (Linux, SCHED_IDLE).
-
-    A thread of this kind that holds a lock which the step thread waits for is no danger as long as only this process is
-    busy: the waiting thread leaves it a core. Where other processes fill every core, it can hold a lock for long.
-    """
-    with contextlib.suppress(OSError):  # a sandbox may forbid it; it is a kindness, not a promise
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
-def low_priority() -> None:
-    """Let others go first from now on; for the calling thread and those that it starts."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-
-
-def normal_priority() -> None:
-    """Leave the calling thread as it is."""
 
 
 def start_pool(

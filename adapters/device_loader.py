@@ -12,11 +12,12 @@ from typing import NamedTuple
 import structlog
 import torch
 
-from .background import low_priority, normal_priority, start_pool
+from .background import start_pool
 from .device_store import DeviceStore, Placement
 from .errors import AdapterMemoryError, ServingError
 from .info import Tier
 from .packing import PackedAdapter
+from .priority import low_priority, normal_priority
 from .registry import Registry
 from .version import AdapterVersion
 

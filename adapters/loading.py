@@ -10,12 +10,13 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from .background import idle_priority, low_priority, start_pool
+from .background import start_pool
 from .core import ManagerCore
 from .errors import AdapterUnloadedError, ServingError
 from .info import AdapterInfo, LoadOptions, LoadPlan
 from .origin import Origin
 from .planning import make_plan
+from .priority import idle_priority, low_priority
 from .publishing import Intent, OverruledError, check_is_no_alias, publish
 from .reader import LoadedAdapter
 from .record import Record

@@ -33,6 +33,7 @@ from .finite import largest_magnitude
 from .layout import Layout, LowRankBlock, SiteLayout
 from .modules import BaseWeights, ModuleTable
 from .own_weights import fill_region
+from .priority import give_way
 from .report import AdapterReport
 from .tensor_names import about, refuse
 from .weights_file import TensorInfo
@@ -253,6 +254,7 @@ class _Writer:
             rows_b.copy_((scaled if affine is None or lora.magnitude is None else scaled * affine.gain[:, None]).t())
         self._written += ((rows_a, lora.lora_a.name, None), (rows_b, lora.lora_b.name, lora.scaling.factor))
         self.is_effective = self.is_effective or bool((rows_a.any(dim=1) & rows_b.any(dim=1)).any())
+        give_way()
 
     def _write_affine(self, planned: SiteLayout) -> list[Affine | None]:
         """Write one site's affine; returns those of its slices."""

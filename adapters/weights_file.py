@@ -20,10 +20,11 @@ import numpy as np
 
 from .errors import AdapterIncompatibleError, AdapterInvalidError, AdapterUnreadableError
 from .memo import Memo
+from .priority import give_way
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 MAX_HEADER_BYTES: Final = 32 * 2**20
-READ_BYTES: Final = 8 * 2**20
+READ_BYTES: Final = 512 * 2**10
 # Headers up to this size, of some 900 tensors, are parsed once for all files that have the same; and so many are kept.
 MAX_SHARED_BYTES: Final = 128 * 2**10
 NUM_SHARED: Final = 32
@@ -148,6 +149,7 @@ def read_payload(file: BinaryIO, header: WeightsHeader, digest: Digest) -> memor
                 raise invalid_file(header.file_name, "became shorter while it was read; is it still being copied?")
             filled += count
         digest.update(chunk)
+        give_way()
     return payload
 
 

@@ -3,6 +3,11 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
+
+from ..priority import give_way
+
+_WRITE_BYTES: Final = 512 * 2**10
 
 
 def write_durably(path: Path, pieces: Iterable[memoryview]) -> None:
@@ -15,7 +20,8 @@ def write_durably(path: Path, pieces: Iterable[memoryview]) -> None:
         for piece in pieces:
             written = 0
             while written < len(piece):
-                written += os.write(descriptor, piece[written:])
+                written += os.write(descriptor, piece[written : written + _WRITE_BYTES])
+                give_way()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
