@@ -111,16 +111,22 @@ class DeviceStore:
         self._starts[slot] = start
         return Placement(slot, start)
 
-    def write(self, placement: Placement, packed: PackedAdapter) -> None:
+    def write(self, placement: Placement, packed: PackedAdapter, in_turns: bool = False) -> None:
         """Copy weights and table columns into a reserved place, on the current stream.
 
         The columns are written whole, so nothing of the slot's previous adapter stays.
+
+        Args:
+            placement: the place.
+            packed: the adapter.
+            in_turns: on a CPU, give the core back to whoever waits for it every now and then.
         """
         slot, start = placement
-        if self.device.type == "cpu":
-            _copy_in_turns(packed.data, self.arena[start : start + packed.data.numel()])
+        extent = self.arena[start : start + packed.data.numel()]
+        if in_turns:
+            _copy_in_turns(packed.data, extent)
         else:
-            self.arena[start : start + packed.data.numel()].copy_(packed.data, non_blocking=True)
+            extent.copy_(packed.data, non_blocking=True)
         self.site_offsets[:, slot] = _absolute(packed.site_offsets, start).to(self.device)
         self.site_ranks[:, slot] = packed.site_ranks.to(self.device)
         self.site_affines[:, slot] = _absolute(packed.site_affines, start).to(self.device)

@@ -74,7 +74,7 @@ def test_a_copy_takes_every_core_only_while_no_request_runs(make_manager, many, 
     write, threads = manager.store.write, []
 
     def recorded(*args):
-        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        threads.append((threading.current_thread().name, torch.get_num_threads(), *args[2:]))
         write(*args)
 
     monkeypatch.setattr(manager.store, "write", recorded)
@@ -82,7 +82,11 @@ def test_a_copy_takes_every_core_only_while_no_request_runs(make_manager, many, 
         manager.is_running = lambda is_running=is_running: is_running
         manager.load(adapter)
         manager.prefetch(adapter, Tier.DEVICE)
-    assert threads == [("adapter-device_0", 1), ("adapter-device-idle_0", 2), ("adapter-device_0", 1)]
+    beside, alone = (
+        ("adapter-device_0", 1, True),
+        ("adapter-device-idle_0", 2),
+    )  # True: in turns with the step's threads
+    assert threads == [beside, alone, beside]
 
 
 def test_failed_device_copy_fails_its_requests_and_nothing_else(make_manager, many, monkeypatch):

@@ -41,9 +41,9 @@ def fail_writes(monkeypatch, manager, error, times=1):
     """The next copies to the device write half of the adapter, and then fail."""
     write, left = manager.store.write, iter(range(times))
 
-    def failing(placement, packed):
+    def failing(placement, packed, *how):
         if next(left, None) is None:
-            return write(placement, packed)
+            return write(placement, packed, *how)
         manager.store.arena[placement.start : placement.start + packed.data.numel() // 2].fill_(float("nan"))
         raise error
 

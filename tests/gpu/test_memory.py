@@ -97,10 +97,10 @@ def test_adapter_that_finds_no_memory_fails_its_requests_alone(world: World, mon
     write = DeviceStore.write
     left = iter(range(1))
 
-    def failing(store: DeviceStore, placement: Placement, packed: PackedAdapter) -> None:
+    def failing(store: DeviceStore, placement: Placement, packed: PackedAdapter, *how: bool) -> None:
         """The first copy stops half-way."""
         if next(left, None) is None:
-            return write(store, placement, packed)
+            return write(store, placement, packed, *how)
         store.arena[placement.start : placement.start + packed.data.numel() // 2].fill_(float("nan"))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
