@@ -194,7 +194,8 @@ class DeviceLoader:
     def _write(self, copy: _Copy) -> None:
         if self._copy_stream is None:
             if self._idle_pool is None or self._events.is_running():
-                self._store.write(copy.placement, copy.packed, True)
+                in_turns = True  # with the step's threads
+                self._store.write(copy.placement, copy.packed, in_turns)
             else:
                 self._idle_pool.submit(self._store.write, copy.placement, copy.packed).result()
             return

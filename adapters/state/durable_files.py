@@ -7,6 +7,7 @@ from typing import Final
 
 from ..priority import give_way
 
+# Written without giving way.
 _WRITE_BYTES: Final = 512 * 2**10
 
 

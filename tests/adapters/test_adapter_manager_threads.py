@@ -82,10 +82,8 @@ def test_a_copy_takes_every_core_only_while_no_request_runs(make_manager, many, 
         manager.is_running = lambda is_running=is_running: is_running
         manager.load(adapter)
         manager.prefetch(adapter, Tier.DEVICE)
-    beside, alone = (
-        ("adapter-device_0", 1, True),
-        ("adapter-device-idle_0", 2),
-    )  # True: in turns with the step's threads
+    # True: in turns with the step's threads.
+    beside, alone = ("adapter-device_0", 1, True), ("adapter-device-idle_0", 2)
     assert threads == [beside, alone, beside]
 
 
